@@ -1,0 +1,31 @@
+"""Embedding and reranking with GGUF models: a batch scheduler over llama.cpp.
+
+>>> from llamacrab import Llama
+>>> with Llama() as llama:
+...     llama.embed("Rust is memory-safe.").shape
+(384,)
+"""
+
+from llamacrab._convert import convert
+from llamacrab._core import Batch, Context, Model, PoolingType, SplitMode, Vocab, VocabType
+from llamacrab._versions import __version__, show_versions
+from llamacrab.default_model import fetch_default_model
+from llamacrab.errors import LlamaError
+from llamacrab.llama import EmbedOptions, Llama
+
+__all__ = [
+    "Batch",
+    "Context",
+    "EmbedOptions",
+    "Llama",
+    "LlamaError",
+    "Model",
+    "PoolingType",
+    "SplitMode",
+    "Vocab",
+    "VocabType",
+    "__version__",
+    "convert",
+    "fetch_default_model",
+    "show_versions",
+]

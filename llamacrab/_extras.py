@@ -1,0 +1,24 @@
+"""Import an optional package when it is needed, and say what to install when it is not there."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from llamacrab.errors import MissingExtraError
+
+
+def require(package: str, *, extra: str) -> ModuleType:
+    """Return the module `package`.
+
+    Raises
+    ------
+    MissingExtraError
+        It is not installed; the message names the extra that brings it.
+    """
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != package.partition(".")[0]:
+            raise
+        raise MissingExtraError(package, extra) from None

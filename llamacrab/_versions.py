@@ -1,0 +1,91 @@
+"""What is installed, what it was built with, and what this machine has."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from pathlib import Path
+
+from llamacrab import _core
+
+__version__ = importlib.metadata.version("llamacrab")
+
+# What decides how fast ggml's CPU code can be; features that it never uses are not listed.
+# fmt: off
+CPU_FEATURES = (
+    "ssse3", "avx", "f16c", "fma", "avx2", "bmi2", "avx_vnni", "avx512f", "avx512vl", "avx512bw",
+    "avx512dq", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16",
+    "asimd", "asimdhp", "asimddp", "i8mm", "sve", "sve2", "bf16",
+)
+# fmt: on
+
+
+def check_abi() -> None:
+    """Refuse a libllama of another version than the headers that we were compiled with.
+
+    llama.h passes its parameter structs by value: a mismatch would corrupt memory silently. Only a
+    system library (``-Dsystem-llama=true``) can come to differ.
+
+    Raises
+    ------
+    ImportError
+        The versions differ.
+    """
+    info = _core.build_info()
+    built_for, found = (info[key].removesuffix("-dev") for key in ("built_for", "version"))
+    if built_for != found:
+        raise ImportError(
+            f"llamacrab was compiled for llama.cpp {built_for}, but the system's libllama is now "
+            f"{found}: reinstall llamacrab (pip install --force-reinstall --no-cache-dir)"
+        )
+
+
+def cpu_features() -> list[str]:
+    """Return which of `CPU_FEATURES` this CPU has; empty where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    has: set[str] = set()
+    for line in lines:
+        if line.startswith(("flags", "Features")):
+            has.update(line.partition(":")[2].split())
+            break
+    return [feature for feature in CPU_FEATURES if feature in has]
+
+
+def show_versions() -> None:
+    """Print what a bug report needs."""
+    info = _core.build_info()
+    options = dict(pair.removeprefix("-D").split("=", 1) for pair in info["options"].split())
+    backends = [name for name in ("BLAS", "CUDA", "METAL", "VULKAN") if _on(options, name)]
+    rows = {
+        "llamacrab": __version__,
+        "python": f"{platform.python_version()} ({sys.executable})",
+        "numpy": importlib.metadata.version("numpy"),
+        "system": f"{platform.platform()}, {os.cpu_count()} CPUs, "
+        f"{_core.default_n_threads()} usable",
+        "llama.cpp": f"{info['version']} (commit {info['commit']}, from {info['source']})",
+        "backends": ", ".join(["CPU", *backends]),
+        "GGML_NATIVE": options.get("GGML_NATIVE", "unknown"),
+        "build options": info["options"] or "unknown",
+        "CPU compiled": _core.system_info(),
+        "CPU present": " ".join(cpu_features()) or "unknown",
+    }
+    for i, device in enumerate(_core.devices()):
+        free, total = device["memory_free"] >> 20, device["memory_total"] >> 20
+        rows[f"device {i}"] = (
+            f"{device['name']} ({device['type']}): {device['description']}, "
+            f"{free} of {total} MiB free"
+        )
+    for name, value in rows.items():
+        print(f"{name:14} {value}")
+
+
+def _on(options: dict[str, str], backend: str) -> bool:
+    return options.get(f"GGML_{backend}") == "ON"
+
+
+check_abi()

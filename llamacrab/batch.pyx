@@ -1,0 +1,101 @@
+# One multi-sequence batch: what goes into one llama_decode.
+
+
+cdef class Batch:
+    """Tokens of one or more sequences, to be decoded together.
+
+    Parameters
+    ----------
+    n_tokens : int
+        How many tokens the batch can hold.
+
+    Examples
+    --------
+    >>> batch = Batch(8)
+    >>> batch.add(0, [101, 7592, 102])
+    >>> batch.add(1, [101, 2088, 102])
+    >>> batch.n_tokens, batch.seq_ids
+    (6, (0, 1))
+    """
+
+    cdef c.llama_batch _batch
+    cdef readonly int capacity
+    cdef dict _next_pos
+
+    def __cinit__(self, int n_tokens):
+        if n_tokens < 1:
+            raise ContextError(f"a batch must have room for at least 1 token, not {n_tokens}")
+        self._batch = c.llama_batch_init(n_tokens, 0, 1)
+        self.capacity = n_tokens
+        self._next_pos = {}
+
+    def __dealloc__(self):
+        if self._batch.token != NULL:
+            c.llama_batch_free(self._batch)
+
+    def add(self, int seq_id, tokens, *, pos=None):
+        """Append the tokens of a sequence.
+
+        Parameters
+        ----------
+        seq_id : int
+            The sequence, from 0 to ``llama_max_parallel_sequences() - 1``.
+        tokens : sequence of int
+            Its token ids, at least one.
+        pos : int, optional
+            Position of the first token; by default the sequence goes on where it stands in this
+            batch, or starts at 0.
+
+        Raises
+        ------
+        InputError
+            No tokens, a `seq_id` out of range, or a negative `pos`.
+        ContextError
+            The batch has no room for them.
+        """
+        cdef const int32_t[::1] ids = as_token_ids(tokens)
+        cdef int n = <int>ids.shape[0]
+        cdef int n_seqs = <int>c.llama_max_parallel_sequences()
+        if n == 0:
+            raise InputError(f"sequence {seq_id} has no tokens")
+        if not 0 <= seq_id < n_seqs:
+            raise InputError(f"seq_id {seq_id} is not in range({n_seqs})")
+        cdef int first = self._next_pos.get(seq_id, 0) if pos is None else pos
+        if first < 0:
+            raise InputError(f"sequence {seq_id} cannot start at position {first}")
+        if self._batch.n_tokens + n > self.capacity:
+            raise ContextError(
+                f"{n} more tokens do not fit: the batch holds {self._batch.n_tokens} of "
+                f"{self.capacity}"
+            )
+        cdef int i, at = self._batch.n_tokens
+        for i in range(n):
+            self._batch.token[at + i] = ids[i]
+            self._batch.pos[at + i] = first + i
+            self._batch.n_seq_id[at + i] = 1
+            self._batch.seq_id[at + i][0] = seq_id
+            # Every token is an output: llama.cpp wants it so for embeddings.
+            self._batch.logits[at + i] = 1
+        self._batch.n_tokens += n
+        self._next_pos[seq_id] = first + n
+
+    def clear(self):
+        """Forget all tokens; the room stays."""
+        self._batch.n_tokens = 0
+        self._next_pos = {}
+
+    @property
+    def n_tokens(self):
+        """Number of tokens added."""
+        return self._batch.n_tokens
+
+    @property
+    def seq_ids(self):
+        """The sequences added, in the order of their first token."""
+        return tuple(self._next_pos)
+
+    def __len__(self):
+        return self._batch.n_tokens
+
+    def __repr__(self):
+        return f"<Batch {self.n_tokens} of {self.capacity} tokens, {len(self._next_pos)} sequences>"

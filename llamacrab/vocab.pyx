@@ -1,0 +1,227 @@
+# The vocabulary of a model: text <-> token ids.
+
+
+class VocabType(enum.IntEnum):
+    """How a vocabulary splits text (``llama_vocab_type``)."""
+
+    NONE = c.LLAMA_VOCAB_TYPE_NONE
+    SPM = c.LLAMA_VOCAB_TYPE_SPM
+    BPE = c.LLAMA_VOCAB_TYPE_BPE
+    WPM = c.LLAMA_VOCAB_TYPE_WPM
+    UGM = c.LLAMA_VOCAB_TYPE_UGM
+    RWKV = 5
+    PLAMO2 = 6
+    TEST = 7
+
+
+cdef bytes _utf8(str text):
+    """Encode `text`; a lone surrogate, which UTF-8 cannot hold, becomes U+FFFD."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+
+
+cdef object _int32_array(const int32_t *data, size_t n):
+    array = np.empty(n, dtype=np.int32)
+    cdef int32_t[::1] view = array
+    if n:
+        memcpy(&view[0], data, n * sizeof(int32_t))
+    return array
+
+
+def as_token_ids(tokens):
+    """Return `tokens` as a contiguous int32 array of shape (n,), or raise InputError."""
+    try:
+        array = np.asarray(tokens)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"token ids must be a flat sequence of integers: {error}") from None
+    if array.size == 0:
+        return np.empty(0, dtype=np.int32)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise InputError(
+            f"token ids must be a flat sequence of integers, not {array.dtype} of shape "
+            f"{array.shape}"
+        )
+    if int(array.min()) < -2**31 or int(array.max()) >= 2**31:
+        raise InputError("token ids must fit in 32 bits")
+    return np.ascontiguousarray(array, dtype=np.int32)
+
+
+cdef class Vocab:
+    """The vocabulary of a model, as ``model.vocab``. Safe to use from many threads at once.
+
+    Attributes
+    ----------
+    n_tokens : int
+        Number of tokens; ids run from 0 to ``n_tokens - 1``.
+    vocab_type : VocabType
+        How text is split.
+    bos, eos, sep, pad, mask : int or None
+        Ids of the special tokens, None where the GGUF has none.
+    add_bos, add_eos, add_sep : bool
+        Whether the GGUF asks for these tokens around a text.
+    prefix, suffix : tuple of int
+        The special tokens that `tokenize` puts before and after a text.
+    """
+
+    cdef _ModelHandle _model
+    cdef const c.llama_vocab *_ptr
+    cdef readonly int n_tokens
+    cdef readonly object vocab_type
+    cdef readonly object bos, eos, sep, pad, mask
+    cdef readonly bint add_bos, add_eos, add_sep
+    cdef readonly tuple prefix, suffix
+    cdef bint _decompose
+
+    def __init__(self):
+        raise TypeError("a Vocab comes with its model: use model.vocab")
+
+    @staticmethod
+    cdef Vocab of(_ModelHandle model, dict metadata):
+        cdef Vocab self = Vocab.__new__(Vocab)
+        self._model = model
+        self._ptr = c.llama_model_get_vocab(model.ptr)
+        self.n_tokens = c.llama_vocab_n_tokens(self._ptr)
+        self.vocab_type = VocabType(c.llama_get_vocab_type(self._ptr))
+        self.bos = _id_or_none(c.llama_vocab_bos(self._ptr))
+        self.eos = _id_or_none(c.llama_vocab_eos(self._ptr))
+        self.sep = _id_or_none(c.llama_vocab_sep(self._ptr))
+        self.pad = _id_or_none(c.llama_vocab_pad(self._ptr))
+        self.mask = _id_or_none(c.llama_vocab_mask(self._ptr))
+        self.add_bos = c.llama_vocab_get_add_bos(self._ptr)
+        self.add_eos = c.llama_vocab_get_add_eos(self._ptr)
+        self.add_sep = c.llama_vocab_get_add_sep(self._ptr)
+        # The rules of llama_tokenize(add_special=true), which asserts, and so ends the process,
+        # where a GGUF asks for a token that it lacks. We add the tokens ourselves.
+        if self.vocab_type == VocabType.WPM:
+            before, after = [self.bos], [self.sep]
+        else:
+            before = [self.bos] if self.add_bos else []
+            after = [self.eos] if self.add_eos else []
+        self.prefix = tuple(token for token in before if token is not None)
+        self.suffix = tuple(token for token in after if token is not None)
+        # llama.cpp's own decomposition, which BERT's uncased vocabularies rest on, keeps only the
+        # first letter of a Hangul syllable; text that comes decomposed passes through it whole.
+        lowercase = metadata.get("tokenizer.ggml.normalizer.lowercase", "true")
+        strip = metadata.get("tokenizer.ggml.normalizer.strip_accents", lowercase)
+        self._decompose = self.vocab_type == VocabType.WPM and strip == "true"
+        return self
+
+    def __len__(self):
+        return self.n_tokens
+
+    def tokenize(self, str text not None, *, bint add_special=True, bint parse_special=False):
+        """Split `text` into token ids.
+
+        Parameters
+        ----------
+        text : str
+            Any text. A lone surrogate counts as U+FFFD.
+        add_special : bool
+            Put `prefix` before and `suffix` after, as the model was trained.
+        parse_special : bool
+            Read the spelling of a special token, such as ``[SEP]``, in the text as that token.
+
+        Returns
+        -------
+        ndarray of int32, shape (n,)
+        """
+        if self._decompose and not text.isascii():
+            text = unicodedata.normalize("NFD", text)
+        cdef bytes data = _utf8(text)
+        if len(data) > 2**31 - 64:
+            raise InputError(f"a text of {len(data)} bytes is more than llama.cpp can take (2 GiB)")
+        if self.vocab_type == VocabType.NONE:
+            raise UnsupportedModelError("this GGUF has no vocabulary: pass token ids")
+        cdef const char *chars = data
+        cdef int32_t n_bytes = <int32_t>len(data)
+        cdef vector[int32_t] ids
+        cdef size_t n_before = len(self.prefix) if add_special else 0
+        cdef int32_t n
+        with nogil:
+            # Room for a token a byte does, but for normalisation that lengthens the text.
+            ids.resize(n_before + n_bytes + 8)
+            n = c.llama_tokenize(self._ptr, chars, n_bytes, &ids[n_before],
+                                 n_bytes + 8, False, parse_special)
+            if n < 0 and n != INT32_MIN:
+                ids.resize(n_before - n)
+                n = c.llama_tokenize(self._ptr, chars, n_bytes, &ids[n_before],
+                                     -n, False, parse_special)
+        if n < 0:
+            raise InputError("the text has more tokens than llama.cpp can count")
+        ids.resize(n_before + n)
+        if add_special:
+            for i, token in enumerate(self.prefix):
+                ids[i] = token
+            for token in self.suffix:
+                ids.push_back(token)
+        return _int32_array(ids.data(), ids.size())
+
+    def detokenize(self, tokens, *, bint remove_special=False, bint unparse_special=True):
+        """Return the text of token ids; bytes that are not UTF-8 become U+FFFD.
+
+        Parameters
+        ----------
+        tokens : sequence of int
+            Ids, each in ``range(n_tokens)``.
+        remove_special : bool
+            Drop the special tokens that `tokenize` adds.
+        unparse_special : bool
+            Spell the special tokens out.
+
+        Raises
+        ------
+        InputError
+            An id is out of range.
+        """
+        cdef const int32_t[::1] ids = as_token_ids(tokens)
+        cdef int32_t n_ids = <int32_t>ids.shape[0]
+        cdef string text
+        cdef int32_t n
+        if n_ids == 0:
+            return ""
+        self.check_ids(ids)
+        with nogil:
+            text.resize(16 * n_ids + 64)
+            n = c.llama_detokenize(self._ptr, &ids[0], n_ids, &text[0], <int32_t>text.size(),
+                                   remove_special, unparse_special)
+            if n < 0:
+                text.resize(-n)
+                n = c.llama_detokenize(self._ptr, &ids[0], n_ids, &text[0], -n,
+                                       remove_special, unparse_special)
+        text.resize(max(n, 0))
+        return (<bytes>text).decode("utf-8", "replace")
+
+    def token_to_piece(self, int token, *, bint special=True):
+        """Return the bytes that one token stands for."""
+        if not 0 <= token < self.n_tokens:
+            raise InputError(f"token id {token} is not in range({self.n_tokens})")
+        cdef string piece
+        cdef int32_t n
+        piece.resize(64)
+        n = c.llama_token_to_piece(self._ptr, token, &piece[0], 64, 0, special)
+        if n < 0:
+            piece.resize(-n)
+            n = c.llama_token_to_piece(self._ptr, token, &piece[0], -n, 0, special)
+        piece.resize(max(n, 0))
+        return <bytes>piece
+
+    def is_control(self, int token):
+        """Return whether a token is special: it steers the model and stands for no text."""
+        if not 0 <= token < self.n_tokens:
+            raise InputError(f"token id {token} is not in range({self.n_tokens})")
+        return bool(c.llama_vocab_is_control(self._ptr, token))
+
+    cdef int check_ids(self, const int32_t[::1] ids) except -1:
+        cdef Py_ssize_t i
+        for i in range(ids.shape[0]):
+            if not 0 <= ids[i] < self.n_tokens:
+                raise InputError(
+                    f"token {i} has id {ids[i]}, which is not in range({self.n_tokens})"
+                )
+        return 0
+
+
+cdef object _id_or_none(c.llama_token token):
+    return None if token == c.LLAMA_TOKEN_NULL else token
