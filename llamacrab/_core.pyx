@@ -5,44 +5,64 @@ no other library in the process, another llama.cpp among them, can be mistaken f
 files in this order.
 """
 cimport cython
+from cpython.exc cimport PyErr_CheckSignals
+from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.math cimport isfinite
-from libc.stdint cimport INT32_MIN, int32_t
+from libc.stdint cimport int32_t, int64_t, uint8_t
 from libc.string cimport memcpy
 from libcpp cimport bool as cbool
+from libcpp.memory cimport unique_ptr
 from libcpp.string cimport string
+from libcpp.utility cimport move
 from libcpp.vector cimport vector
 
 from llamacrab cimport llama as c
+from llamacrab cimport native
 
 import atexit
+import concurrent.futures
 import enum
 import logging
 import os
-import unicodedata
+import threading
+import time
+import weakref
 
 import numpy as np
 
 from llamacrab.errors import (
     AllocationError,
+    CancelledError,
     ClosedError,
     ContextError,
     DecodeError,
+    EmptyInputError,
+    ForkError,
     InputError,
+    LlamaTimeoutError,
     ModelCorruptError,
     ModelError,
     ModelFormatError,
     ModelNotFoundError,
+    NumericalError,
     PoolingError,
+    QueueFull,
+    TextTooLongError,
     UnsupportedModelError,
 )
 
+cdef extern from "Python.h":
+    bint PyUnicode_IS_ASCII(object text)
+    const char *PyUnicode_AsUTF8AndSize(object text, Py_ssize_t *size) except NULL
+
 include "log.pyx"
 include "vocab.pyx"
+include "encoder.pyx"
 include "model.pyx"
 include "batch.pyx"
 include "context.pyx"
+include "scheduler.pyx"
 include "system.pyx"
 
 c.log_install(_log_sink)
 c.llama_backend_init()
-atexit.register(_close_log)

@@ -58,6 +58,7 @@ cdef class Context:
     """
 
     cdef _ContextHandle _handle
+    cdef c.llama_context_params _params
     cdef Vocab _vocab
     cdef readonly object pooling_type
     cdef readonly int n_ctx, n_batch, n_ubatch, n_seq_max, n_threads
@@ -120,6 +121,7 @@ cdef class Context:
                 f"cannot make a context of n_ctx={n_ctx}, n_batch={n_batch}, n_ubatch={n_ubatch}, "
                 f"n_seq_max={n_seq_max}: {_native_errors()}"
             )
+        self._params = params
         self._vocab = model.vocab
         self.pooling_type = pooling
         self.n_ctx = c.llama_n_ctx(handle.ptr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 from typing import Any
 
 
@@ -124,6 +125,22 @@ class NumericalError(LlamaError, ArithmeticError):
             "too narrow for this model (try one converted to f32 or bf16)"
         )
         self.index = index
+
+
+class QueueFull(LlamaError, RuntimeError):
+    """The queue has no room, and the call was told not to wait."""
+
+
+class LlamaTimeoutError(LlamaError, TimeoutError):
+    """The time given for a call is over; its remaining texts were dropped."""
+
+
+class CancelledError(LlamaError, concurrent.futures.CancelledError):
+    """The job was cancelled."""
+
+
+class ForkError(LlamaError, RuntimeError):
+    """A `Llama` is used in a forked child, where its threads do not exist."""
 
 
 class MissingExtraError(LlamaError, ImportError):

@@ -133,9 +133,6 @@ cdef extern from "llama.h" nogil:
     cbool llama_vocab_get_add_eos(const llama_vocab *vocab)
     cbool llama_vocab_get_add_sep(const llama_vocab *vocab)
     cbool llama_vocab_is_control(const llama_vocab *vocab, llama_token token)
-    int32_t llama_tokenize(
-        const llama_vocab *vocab, const char *text, int32_t text_len, llama_token *tokens,
-        int32_t n_tokens_max, cbool add_special, cbool parse_special) except +
     int32_t llama_token_to_piece(
         const llama_vocab *vocab, llama_token token, char *buf, int32_t length, int32_t lstrip,
         cbool special) except +

@@ -2,39 +2,37 @@
 
 from __future__ import annotations
 
-import threading
+import itertools
+import time
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from llamacrab import aio, tuning
 from llamacrab._core import (
-    Batch,
-    Context,
+    Encoder,
+    Job,
     Model,
     PoolingType,
+    Scheduler,
     SplitMode,
-    default_n_threads,
-    devices,
 )
 from llamacrab._extras import require
 from llamacrab.default_model import resolve
-from llamacrab.errors import ClosedError, InputError, LlamaError, NumericalError, PoolingError
-from llamacrab.packer import pack
+from llamacrab.errors import ClosedError, InputError, LlamaError, PoolingError
 from llamacrab.rerank import PairTemplate
-from llamacrab.similarity import normalize as l2_normalize
-from llamacrab.tokens import encode
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
+    from concurrent.futures import Future
+    from typing import TypeAlias
+
+    Text: TypeAlias = str | Sequence[int] | np.ndarray
 
 # A text longer than this many tokens needs an explicit n_ctx: the buffers for it are large.
 N_CTX_DEFAULT_MAX = 8192
-# Tokens that a pack aims at on a CPU, where larger packs cost more a token: an encoder's attention
-# spans the whole pack. A GPU wants all it can get.
-PACK_TOKENS_CPU = 256
-PACK_TOKENS_GPU = 4096
 N_SEQ_MAX = 256
 
 
@@ -61,7 +59,7 @@ class EmbedOptions:
 
 
 class Llama:
-    """A model that embeds and reranks. Safe to share between threads.
+    """A model that embeds and reranks. Share one between all threads: their texts share packs.
 
     Parameters
     ----------
@@ -76,10 +74,14 @@ class Llama:
     n_seq_max : int
         Texts that can be computed together, at most 256; 0: one for every 4 tokens of a pack.
     pack_tokens : int
-        Tokens that a pack of texts aims at; 0: 256 on a CPU, `n_ubatch` or 4096 on a GPU. Changes
+        Tokens that a pack of texts aims at; 0: what was measured to be fastest, or a guess. Changes
         how fast rows come, not what they are.
+    n_contexts : int
+        Packs computed at the same time, each by its own context and native thread; 0: what was
+        measured, or as many as there are CPUs for `n_threads` each.
     n_threads : int
-        Threads to compute with; 0: as many as the process may use.
+        Threads that compute a pack; 0: what was measured, or the CPUs that the process may use,
+        shared between the contexts.
     n_gpu_layers : int
         Layers to put on GPUs, if this build has any; -1: all.
     main_gpu : int
@@ -92,6 +94,11 @@ class Llama:
         Flash attention.
     use_mmap, use_mlock : bool
         Map the file instead of reading it; keep it from being swapped out.
+    queue_tokens : int
+        Tokens that may wait before a call that brings more must; 0: 32 packs a context.
+    deterministic : bool
+        Compute every text alone, so that its row is the same to the last bit whatever else is
+        computed. Slower: see docs/threads.md.
 
     Raises
     ------
@@ -113,6 +120,7 @@ class Llama:
         n_ubatch: int = 0,
         n_seq_max: int = 0,
         pack_tokens: int = 0,
+        n_contexts: int = 0,
         n_threads: int = 0,
         n_gpu_layers: int = -1,
         main_gpu: int = 0,
@@ -121,6 +129,8 @@ class Llama:
         flash_attn: bool | str = "auto",
         use_mmap: bool = True,
         use_mlock: bool = False,
+        queue_tokens: int = 0,
+        deterministic: bool = False,
     ) -> None:
         self.model = Model(
             resolve(path),
@@ -131,34 +141,37 @@ class Llama:
             use_mlock=use_mlock,
         )
         n_ctx = n_ctx or min(self.model.n_ctx_train, N_CTX_DEFAULT_MAX)
-        if not pack_tokens:
-            on_gpu = n_gpu_layers != 0 and _has_gpu()
-            pack_tokens = n_ubatch or PACK_TOKENS_GPU if on_gpu else PACK_TOKENS_CPU
-        n_ubatch = n_ubatch or max(n_ctx, pack_tokens)
-        n_seq_max = n_seq_max or max(1, min(N_SEQ_MAX, pack_tokens // 4))
-        self._context = Context(
+        self.layout = layout = tuning.choose(
             self.model,
+            n_ctx=n_ctx,
+            on_gpu=n_gpu_layers != 0 and tuning.has_gpu(),
+            given=tuning.Layout(n_contexts, n_threads, pack_tokens or n_ubatch, flash_attn),
+        )
+        n_ubatch = n_ubatch or max(n_ctx, layout.pack_tokens)
+        n_seq_max = n_seq_max or max(1, min(N_SEQ_MAX, layout.pack_tokens // 4))
+        self._scheduler = Scheduler(
+            self.model,
+            n_contexts=layout.n_contexts,
+            pack_tokens=layout.pack_tokens,
+            queue_tokens=queue_tokens,
+            deterministic=deterministic,
             # The cells of a causal model serve all sequences of a pack together, so there must be
             # enough for a pack; a model with a table of positions takes no more than it has.
-            n_ctx=n_ctx if self.model.has_position_table else max(n_ctx, pack_tokens),
+            n_ctx=n_ctx if self.model.has_position_table else max(n_ctx, layout.pack_tokens),
             n_batch=max(n_ctx, n_ubatch, n_seq_max),
             n_ubatch=n_ubatch,
             n_seq_max=n_seq_max,
-            n_threads=n_threads or default_n_threads(),
+            n_threads=layout.n_threads,
             pooling_type=pooling_type,
-            flash_attn=flash_attn,
+            flash_attn=layout.flash_attn,
         )
-        self._batch = Batch(self._context.n_batch)
-        self._pack_tokens = min(pack_tokens, self._context.n_batch, self._context.n_ubatch)
-        self._limit = min(n_ctx, self._context.n_tokens_max)
-        # One context is for one thread at a time; the lock is held for a pack: callers alternate.
-        self._lock = threading.Lock()
+        self._limit = min(n_ctx, self._scheduler.context.n_tokens_max)
+        self._is_yes_no = self.model.cls_labels == ["yes", "no"]
 
     def close(self) -> None:
-        """Free the model. A call that is running in another thread finishes its pack first."""
-        with self._lock:
-            self._context.close()
-            self.model.close()
+        """Stop all work at once and free the model; calls that are running raise `ClosedError`."""
+        self._scheduler.close()
+        self.model.close()
 
     def __enter__(self) -> Llama:
         return self
@@ -187,17 +200,20 @@ class Llama:
     @property
     def pooling_type(self) -> PoolingType:
         """How rows of tokens become the row of a text."""
-        return self._context.pooling_type
+        return self._scheduler.context.pooling_type
+
+    # ------------------------------------------------------------------------------- embedding
 
     def embed(
         self,
-        text: str | Sequence[int] | np.ndarray,
+        text: Text,
         *,
         options: EmbedOptions | None = None,
         normalize: bool | None = None,
         start_token: bool | None = None,
         truncate: bool | None = None,
         parse_special: bool | None = None,
+        timeout: float | None = None,
     ) -> np.ndarray:
         """Return the vector of one text.
 
@@ -209,6 +225,8 @@ class Llama:
             How; by default ``EmbedOptions()``.
         normalize, start_token, truncate, parse_special : bool, optional
             Fields of `EmbedOptions`, where this call differs from `options`.
+        timeout : float, optional
+            Seconds after which to give up with `LlamaTimeoutError`.
 
         Returns
         -------
@@ -223,19 +241,21 @@ class Llama:
             The model is a reranker.
         """
         how = _merge(options, normalize, start_token, truncate, parse_special)
-        row: np.ndarray = self.embed_texts([text], options=how)[0]
-        return row
+        rows = self._run(self._embed_job(1, how), [text], timeout=timeout)
+        return cast("np.ndarray", rows[0])
 
     def embed_texts(
         self,
-        texts: Iterable[str | Sequence[int] | np.ndarray],
+        texts: Iterable[Text],
         *,
         options: EmbedOptions | None = None,
         normalize: bool | None = None,
         start_token: bool | None = None,
         truncate: bool | None = None,
         parse_special: bool | None = None,
+        dedup: bool = True,
         progress: bool = False,
+        timeout: float | None = None,
     ) -> np.ndarray:
         """Return the vectors of many texts, in the order of the texts.
 
@@ -245,13 +265,17 @@ class Llama:
         Parameters
         ----------
         texts : iterable of str or of sequences of int
-            The texts; all of them are checked before the first is computed.
+            The texts.
         options : EmbedOptions, optional
             How; by default ``EmbedOptions()``.
         normalize, start_token, truncate, parse_special : bool, optional
             Fields of `EmbedOptions`, where this call differs from `options`.
+        dedup : bool
+            Compute equal texts that are in the queue at the same time once.
         progress : bool
             Show a progress bar (extra ``progress``).
+        timeout : float, optional
+            Seconds after which to give up with `LlamaTimeoutError`.
 
         Returns
         -------
@@ -264,34 +288,153 @@ class Llama:
             A text is too long, has no tokens, or is of a wrong type; the message has its index.
         PoolingError
             The model is a reranker.
-        DecodeError, NumericalError
-            llama.cpp failed in the middle. The exception has ``rows``, what this call would have
-            returned, and ``done``, a bool for each text that tells whether its row is in `rows`.
-        """
-        if self.pooling_type == PoolingType.RANK:
-            raise PoolingError("this model is a reranker (pooling RANK): use rerank()")
-        if isinstance(texts, (str, bytes)):
-            raise InputError("embed_texts takes a list of texts; for one text use embed()")
-        how = _merge(options, normalize, start_token, truncate, parse_special)
-        encoded = [
-            encode(
-                self.model.vocab,
-                text,
-                limit=self._limit,
-                truncate=how.truncate,
-                start_token=how.start_token,
-                parse_special=how.parse_special,
-                index=i,
-            )
-            for i, text in enumerate(texts)
-        ]
-        rows = self._compute(encoded, progress=progress)
-        if how.normalize:
-            for block in rows if isinstance(rows, list) else [rows]:
-                l2_normalize(block, out=block)
-        return cast("np.ndarray", rows)
+        DecodeError, NumericalError, AllocationError, LlamaTimeoutError, ClosedError
+            It failed in the middle.
 
-    def rerank(self, query: str, documents: Iterable[str], *, truncate: bool = False) -> np.ndarray:
+        Notes
+        -----
+        Texts are encoded while earlier ones are computed, so any exception may come late. Nothing
+        is lost: a `LlamaError` has ``rows``, what this call would have returned, and ``done``, a
+        bool for each text that tells whether its row is there.
+        """
+        how = _merge(options, normalize, start_token, truncate, parse_special)
+        texts = _as_list(texts, "embed_texts")
+        job = self._embed_job(len(texts), how, dedup=dedup)
+        return cast("np.ndarray", self._run(job, texts, timeout=timeout, progress=progress))
+
+    def embed_iter(
+        self,
+        texts: Iterable[Text],
+        *,
+        options: EmbedOptions | None = None,
+        normalize: bool | None = None,
+        start_token: bool | None = None,
+        truncate: bool | None = None,
+        parse_special: bool | None = None,
+        dedup: bool = True,
+        batch_size: int = 1024,
+    ) -> Iterator[np.ndarray]:
+        """Yield the vectors of a stream of texts, in order, in bounded memory.
+
+        At most four blocks of `batch_size` texts are held at a time: one that is yielded, and those
+        that are being read and computed meanwhile.
+
+        Parameters
+        ----------
+        texts : iterable of str or of sequences of int
+            The texts; a generator is read as vectors are taken.
+        options, normalize, start_token, truncate, parse_special, dedup
+            As for `embed_texts`.
+        batch_size : int
+            Texts a block.
+
+        Yields
+        ------
+        ndarray of float32, shape (batch_size, n_embd)
+            The last one may be shorter. With ``PoolingType.NONE`` a list of arrays.
+        """
+        if batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, not {batch_size}")
+        if isinstance(texts, (str, bytes)):
+            raise InputError("embed_iter takes an iterable of texts; for one text use embed()")
+        how = _merge(options, normalize, start_token, truncate, parse_special)
+        self._embed_job(0, how)  # what cannot work fails here, not at the first block
+        return self._stream(iter(texts), how, dedup, batch_size)
+
+    def _stream(
+        self, texts: Iterator[Text], how: EmbedOptions, dedup: bool, batch_size: int
+    ) -> Iterator[np.ndarray]:
+        jobs: list[Job] = []
+        first = 0
+        try:
+            while True:
+                block = list(itertools.islice(texts, batch_size))
+                if block:
+                    job = self._embed_job(len(block), how, dedup=dedup)
+                    jobs.append(job)
+                    job.add(block)
+                    job.seal()
+                if not jobs:
+                    return
+                # Two blocks ahead keep the workers busy while the caller uses its rows.
+                if not block or len(jobs) > 2:
+                    rows = jobs[0].wait()
+                    first += len(jobs.pop(0).done)
+                    yield cast("np.ndarray", rows)
+        except LlamaError as error:
+            if hasattr(error, "index"):
+                error.args = (f"{error} (counted from text {first} of the stream)",)
+            raise
+        finally:
+            for job in jobs:
+                job.cancel()
+
+    def submit(
+        self,
+        texts: Text | list[Text],
+        *,
+        options: EmbedOptions | None = None,
+        normalize: bool | None = None,
+        start_token: bool | None = None,
+        truncate: bool | None = None,
+        parse_special: bool | None = None,
+        dedup: bool = True,
+        block: bool = True,
+    ) -> Future[np.ndarray]:
+        """Queue one text or a list of texts and return at once a future of their vectors.
+
+        Parameters
+        ----------
+        texts : str, sequence of int, or list of them
+            One text gives what `embed` returns, a list of texts what `embed_texts` returns.
+        options, normalize, start_token, truncate, parse_special, dedup
+            As for `embed_texts`.
+        block : bool
+            Wait while the queue is full, else raise.
+
+        Returns
+        -------
+        concurrent.futures.Future
+            Its ``cancel()`` works until the vectors are there: what waits is dropped, and a pack
+            that nobody else needs is stopped.
+
+        Raises
+        ------
+        QueueFull
+            The queue is full and `block` is false.
+        """
+        how = _merge(options, normalize, start_token, truncate, parse_special)
+        single = not isinstance(texts, list) or bool(texts and isinstance(texts[0], int))
+        batch = cast("list[Text]", [texts] if single else texts)
+        job = self._embed_job(len(batch), how, dedup=dedup)
+        try:
+            job.add(batch, block=block)
+        except BaseException:
+            job.cancel()
+            raise
+        return self._scheduler.future(job, _first if single else None)
+
+    async def aembed(self, text: Text, **keywords: Any) -> np.ndarray:
+        """Await the vector of one text; keywords as for `embed`, without ``timeout``."""
+        return await aio.submit(self.submit, text, **keywords)
+
+    async def aembed_texts(self, texts: Iterable[Text], **keywords: Any) -> np.ndarray:
+        """Await the vectors of many texts; keywords as for `submit`.
+
+        Cancelling the task drops what waits and does not disturb other callers.
+        """
+        return await aio.submit(self.submit, _as_list(texts, "aembed_texts"), **keywords)
+
+    # ------------------------------------------------------------------------------- reranking
+
+    def rerank(
+        self,
+        query: str,
+        documents: Iterable[str],
+        *,
+        truncate: bool = False,
+        timeout: float | None = None,
+    ) -> np.ndarray:
         """Return how well each document answers the query, by the model's own head.
 
         Parameters
@@ -302,6 +445,8 @@ class Llama:
             The documents.
         truncate : bool
             Cut a document that is too long beside the query, instead of raising.
+        timeout : float, optional
+            Seconds after which to give up with `LlamaTimeoutError`.
 
         Returns
         -------
@@ -317,6 +462,66 @@ class Llama:
         TextTooLongError
             A pair is too long.
         """
+        documents = _as_list(documents, "rerank")
+        job = self._rerank_job(query, len(documents), truncate)
+        return self._scores(self._run(job, documents, timeout=timeout))
+
+    async def arerank(
+        self, query: str, documents: Iterable[str], *, truncate: bool = False
+    ) -> np.ndarray:
+        """Await how well each document answers the query; see `rerank`."""
+        return await aio.submit(
+            self._submit_rerank, query, _as_list(documents, "arerank"), truncate=truncate
+        )
+
+    def _submit_rerank(
+        self, query: str, documents: list[str], *, truncate: bool, block: bool = True
+    ) -> Future[np.ndarray]:
+        job = self._rerank_job(query, len(documents), truncate)
+        try:
+            job.add(documents, block=block)
+        except BaseException:
+            job.cancel()
+            raise
+        return self._scheduler.future(job, self._scores)
+
+    def _scores(self, rows: Any) -> np.ndarray:
+        # A Qwen3 head's two outputs are the softmax over yes and no: one number says all.
+        if rows.shape[1] == 1 or self._is_yes_no:
+            return np.ascontiguousarray(rows[:, 0])
+        return cast("np.ndarray", rows)
+
+    # ------------------------------------------------------------------------------- the rest
+
+    def stats(self) -> dict[str, Any]:
+        """Return what the scheduler has done so far.
+
+        Returns
+        -------
+        dict
+            ``queued_texts`` and ``queued_tokens`` now; ``tokenize_seconds`` of all callers
+            together; ``workers``, a dict for each context: ``packs``, ``texts``, ``tokens``, and
+            the seconds spent in ``wait_seconds``, ``decode_seconds`` and ``copy_seconds``.
+        """
+        return self._scheduler.stats()
+
+    def recent_packs(self) -> np.ndarray:
+        """Return the last packs, up to 4096: a structured array of n_texts, n_tokens, seconds."""
+        return self._scheduler.recent_packs()
+
+    def _embed_job(self, n_texts: int, how: EmbedOptions, *, dedup: bool = True) -> Job:
+        if self.pooling_type == PoolingType.RANK:
+            raise PoolingError("this model is a reranker (pooling RANK): use rerank()")
+        encoder = Encoder(
+            self.model.vocab,
+            limit=self._limit,
+            truncate=how.truncate,
+            parse_special=how.parse_special,
+            prefix=None if how.start_token else (),
+        )
+        return self._scheduler.job(encoder, n_texts, normalize=how.normalize, dedup=dedup)
+
+    def _rerank_job(self, query: str, n_documents: int, truncate: bool) -> Job:
         if self.pooling_type != PoolingType.RANK:
             raise PoolingError(
                 "this model is used as an embedder"
@@ -326,70 +531,39 @@ class Llama:
                     else " and has no classification head: reranking needs a reranker's GGUF"
                 )
             )
-        if isinstance(documents, (str, bytes)):
-            raise InputError("rerank takes a list of documents")
-        template = PairTemplate(self.model, query)
-        encoded = [
-            template.encode(document, limit=self._limit, truncate=truncate, index=i)
-            for i, document in enumerate(documents)
-        ]
-        scores = cast("np.ndarray", self._compute(encoded))
-        # A Qwen3 head's two outputs are the softmax over yes and no: one number says all.
-        if scores.shape[1] == 1 or self.model.cls_labels == ["yes", "no"]:
-            return np.ascontiguousarray(scores[:, 0])
-        return scores
+        encoder = PairTemplate(self.model, query).encoder(limit=self._limit, truncate=truncate)
+        return self._scheduler.job(encoder, n_documents)
 
-    def _compute(
-        self, encoded: list[np.ndarray], *, progress: bool = False
-    ) -> np.ndarray | list[np.ndarray]:
-        """Return the rows of encoded texts, in order, computed pack by pack."""
-        pooled = self.pooling_type != PoolingType.NONE
-        n_out = self._context.n_out
-        rows: np.ndarray | list[np.ndarray] = (
-            np.zeros((len(encoded), n_out), dtype=np.float32)
-            if pooled
-            else [np.empty((0, n_out), dtype=np.float32)] * len(encoded)
-        )
-        done = np.zeros(len(encoded), dtype=bool)
-        lengths = [len(ids) for ids in encoded]
-        bar = require("tqdm", extra="progress").tqdm if progress else None
-        ticker = bar(total=len(encoded), unit="text") if bar else None
+    def _run(
+        self,
+        job: Job,
+        texts: list[Any],
+        *,
+        timeout: float | None = None,
+        progress: bool = False,
+    ) -> Any:
+        """Put the texts through the scheduler and return their rows."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        bar = require("tqdm", extra="progress").tqdm(total=len(texts)) if progress else None
         try:
-            for texts in pack(lengths, n_tokens=self._pack_tokens, n_seqs=self._context.n_seq_max):
-                self._compute_pack(texts.tolist(), encoded, rows)
-                done[texts] = True
-                if ticker:
-                    ticker.update(len(texts))
-        except LlamaError as error:
-            error.rows, error.done = rows, done
+            for start in range(0, len(texts), 4096):
+                job.add(texts[start : start + 4096], deadline=deadline)
+                if bar is not None:
+                    bar.update(job.n_done - bar.n)
+            job.seal()
+            return job.wait(
+                deadline=deadline,
+                progress=None if bar is None else lambda done: bar.update(done - bar.n),
+            )
+        except BaseException as error:
+            # Until this returns, workers may still write rows.
+            job.cancel()
+            if isinstance(error, LlamaError) and not isinstance(error, ClosedError):
+                error.rows, error.done = job.rows, job.done
             raise
         finally:
-            if ticker:
-                ticker.close()
-        return rows
-
-    def _compute_pack(
-        self, texts: list[int], encoded: list[np.ndarray], rows: np.ndarray | list[np.ndarray]
-    ) -> None:
-        with self._lock:
-            if self._context.closed:
-                raise ClosedError("the Llama is closed")
-            self._batch.clear()
-            for seq_id, i in enumerate(texts):
-                self._batch.add(seq_id, encoded[i])
-            self._context.clear()
-            self._context.decode(self._batch)
-            start = 0
-            for seq_id, i in enumerate(texts):
-                if isinstance(rows, list):
-                    stop = start + len(encoded[i])
-                    rows[i] = self._context.token_rows(start, stop)
-                    start = stop
-                    finite = bool(np.isfinite(rows[i]).all())
-                else:
-                    finite = self._context.copy_seq_row(seq_id, rows[i])
-                if not finite:
-                    raise NumericalError(i)
+            if bar is not None:
+                bar.close()
 
 
 def _merge(
@@ -409,5 +583,11 @@ def _merge(
     return replace(options or EmbedOptions(), **changed)
 
 
-def _has_gpu() -> bool:
-    return any(device["type"] in ("GPU", "IGPU") for device in devices())
+def _as_list(texts: Iterable[Any], name: str) -> list[Any]:
+    if isinstance(texts, (str, bytes)):
+        raise InputError(f"{name} takes a list of texts, not one text")
+    return texts if isinstance(texts, list) else list(texts)
+
+
+def _first(rows: Any) -> Any:
+    return rows[0]

@@ -33,6 +33,7 @@ def sync_log_level():
     _close_log()
 
 
+@atexit.register
 def _close_log():
     # Also at interpreter exit: from then on no native thread may ask for the GIL.
     c.log_set_threshold(c.GGML_LOG_LEVEL_ERROR + 1)

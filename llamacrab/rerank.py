@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from llamacrab.errors import TextTooLongError, UnsupportedModelError
-from llamacrab.tokens import cut, join
+import numpy as np
+
+from llamacrab._core import Encoder
+from llamacrab.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from llamacrab._core import Model, Vocab
 
 
@@ -36,62 +36,58 @@ class PairTemplate:
     """
 
     def __init__(self, model: Model, query: str) -> None:
-        self._vocab = model.vocab
+        self._vocab = vocab = model.vocab
         template = model.chat_template("rerank")
         # A pair is: head, then the tokens of lead + document + trail, then tail. Lead and trail are
         # the text that touches the document: it must be split into tokens together with it.
+        self._lead = self._trail = ""
         if template is None:
-            self._lead = self._trail = ""
-            self._head, self._tail = _around_document(self._vocab, query)
+            head, tail = _around_document(vocab, query)
         elif template.count("{document}") != 1:
             raise UnsupportedModelError(
                 f"the rerank template of {model.path} must hold {{document}} exactly once"
             )
         else:
             before, after = template.split("{document}")
-            head = _split_at_special(self._vocab, before, query)
-            tail = _split_at_special(self._vocab, after, query)
+            head = _split_at_special(vocab, before, query)
+            tail = _split_at_special(vocab, after, query)
             self._lead, self._trail = str(head.pop()), str(tail.pop(0))
-            self._head = join(*(_ids(self._vocab, piece) for piece in head))
-            self._tail = join(*(_ids(self._vocab, piece) for piece in tail))
+        self._head = [token for piece in head for token in _ids(vocab, piece)]
+        self._tail = [token for piece in tail for token in _ids(vocab, piece)]
 
-    def encode(
-        self, document: str, *, limit: int, truncate: bool = False, index: int = 0
-    ) -> np.ndarray:
-        """Return the token ids of the pair, int32 of shape (n,); only the document is ever cut.
+    def encoder(self, *, limit: int, truncate: bool = False) -> Encoder:
+        """Return what turns a document into the token ids of its pair with the query.
 
-        Raises
-        ------
-        TextTooLongError
-            The pair has more than `limit` tokens, and `truncate` is false.
-        ContextError
-            `limit` leaves no room for the document beside the query and the special tokens.
+        Parameters
+        ----------
+        limit : int
+            Tokens of the longest pair.
+        truncate : bool
+            Cut a document that is too long beside the query; never anything else.
         """
-        content = _ids(self._vocab, self._lead + document + self._trail)
-        n_tokens = len(self._head) + len(content) + len(self._tail)
-        if n_tokens <= limit:
-            return join(self._head, content, self._tail)
-        if not truncate:
-            raise TextTooLongError(n_tokens, limit, index, "pass truncate=True to cut the document")
-        n_lead = len(_ids(self._vocab, self._lead))
-        trail = _ids(self._vocab, self._trail)
-        room = limit - len(self._head) - len(self._tail) - len(trail) - n_lead
-        content = _ids(self._vocab, self._lead + document)
-        kept = join(content[:n_lead], cut(content[n_lead:], room))
-        return join(self._head, kept, trail, self._tail)
+        return Encoder(
+            self._vocab,
+            limit=limit,
+            truncate=truncate,
+            prefix=self._head,
+            suffix=self._tail,
+            lead=self._lead,
+            trail=self._trail,
+        )
 
 
-def _ids(vocab: Vocab, piece: str | int) -> np.ndarray:
-    return join([piece]) if isinstance(piece, int) else vocab.tokenize(piece, add_special=False)
+def _ids(vocab: Vocab, piece: str | int) -> np.ndarray | list[int]:
+    return [piece] if isinstance(piece, int) else vocab.tokenize(piece, add_special=False)
 
 
-def _around_document(vocab: Vocab, query: str) -> tuple[np.ndarray, np.ndarray]:
+def _around_document(vocab: Vocab, query: str) -> tuple[list[str | int], list[str | int]]:
     """Return what stands before and after the document where the GGUF has no template."""
-    bos = [vocab.bos] if vocab.add_bos and vocab.bos is not None else []
     closing = vocab.sep if vocab.eos is None else vocab.eos
-    eos = [closing] if vocab.add_eos and closing is not None else []
-    sep = [vocab.sep] if vocab.add_sep and vocab.sep is not None else []
-    return join(bos, _ids(vocab, query), eos, sep), join(eos)
+    bos = vocab.bos if vocab.add_bos else None
+    eos = closing if vocab.add_eos else None
+    sep = vocab.sep if vocab.add_sep else None
+    head, tail = (bos, query, eos, sep), (eos,)
+    return [piece for piece in head if piece is not None], [p for p in tail if p is not None]
 
 
 def _split_at_special(vocab: Vocab, template: str, query: str) -> list[str | int]:

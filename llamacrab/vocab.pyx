@@ -22,11 +22,11 @@ cdef bytes _utf8(str text):
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
-cdef object _int32_array(const int32_t *data, size_t n):
-    array = np.empty(n, dtype=np.int32)
+cdef object _int32_array(const int32_t *data, size_t size):
+    array = np.empty(size, dtype=np.int32)
     cdef int32_t[::1] view = array
-    if n:
-        memcpy(&view[0], data, n * sizeof(int32_t))
+    if size:
+        memcpy(&view[0], data, size * sizeof(int32_t))
     return array
 
 
@@ -101,8 +101,7 @@ cdef class Vocab:
             after = [self.eos] if self.add_eos else []
         self.prefix = tuple(token for token in before if token is not None)
         self.suffix = tuple(token for token in after if token is not None)
-        # llama.cpp's own decomposition, which BERT's uncased vocabularies rest on, keeps only the
-        # first letter of a Hangul syllable; text that comes decomposed passes through it whole.
+        # native/encoding.hpp says why.
         lowercase = metadata.get("tokenizer.ggml.normalizer.lowercase", "true")
         strip = metadata.get("tokenizer.ggml.normalizer.strip_accents", lowercase)
         self._decompose = self.vocab_type == VocabType.WPM and strip == "true"
@@ -127,36 +126,31 @@ cdef class Vocab:
         -------
         ndarray of int32, shape (n,)
         """
-        if self._decompose and not text.isascii():
-            text = unicodedata.normalize("NFD", text)
+        self.check_text(text)
         cdef bytes data = _utf8(text)
-        if len(data) > 2**31 - 64:
-            raise InputError(f"a text of {len(data)} bytes is more than llama.cpp can take (2 GiB)")
-        if self.vocab_type == VocabType.NONE:
-            raise UnsupportedModelError("this GGUF has no vocabulary: pass token ids")
-        cdef const char *chars = data
-        cdef int32_t n_bytes = <int32_t>len(data)
-        cdef vector[int32_t] ids
-        cdef size_t n_before = len(self.prefix) if add_special else 0
-        cdef int32_t n
-        with nogil:
-            # Room for a token a byte does, but for normalisation that lengthens the text.
-            ids.resize(n_before + n_bytes + 8)
-            n = c.llama_tokenize(self._ptr, chars, n_bytes, &ids[n_before],
-                                 n_bytes + 8, False, parse_special)
-            if n < 0 and n != INT32_MIN:
-                ids.resize(n_before - n)
-                n = c.llama_tokenize(self._ptr, chars, n_bytes, &ids[n_before],
-                                     -n, False, parse_special)
-        if n < 0:
-            raise InputError("the text has more tokens than llama.cpp can count")
-        ids.resize(n_before + n)
+        cdef native.string_view view = native.string_view(data, len(data))
+        cdef native.token_vector ids
+        cdef cbool countable
         if add_special:
-            for i, token in enumerate(self.prefix):
-                ids[i] = token
+            for token in self.prefix:
+                ids.push_back(token)
+        with nogil:
+            countable = native.tokenize(self._ptr, view, parse_special, self._decompose, ids)
+        if not countable:
+            raise InputError("the text has more tokens than llama.cpp can count")
+        if add_special:
             for token in self.suffix:
                 ids.push_back(token)
         return _int32_array(ids.data(), ids.size())
+
+    cdef int check_text(self, str text) except -1:
+        """Refuse what llama_tokenize cannot take."""
+        if self.vocab_type == VocabType.NONE:
+            raise UnsupportedModelError("this GGUF has no vocabulary: pass token ids")
+        # Four bytes a character at most, and half as much again for decomposed Hangul.
+        if len(text) > 2**31 // 6:
+            raise InputError(f"a text of {len(text)} characters is more than llama.cpp can take")
+        return 0
 
     def detokenize(self, tokens, *, bint remove_special=False, bint unparse_special=True):
         """Return the text of token ids; bytes that are not UTF-8 become U+FFFD.
@@ -178,19 +172,19 @@ cdef class Vocab:
         cdef const int32_t[::1] ids = as_token_ids(tokens)
         cdef int32_t n_ids = <int32_t>ids.shape[0]
         cdef string text
-        cdef int32_t n
+        cdef int32_t size
         if n_ids == 0:
             return ""
         self.check_ids(ids)
         with nogil:
             text.resize(16 * n_ids + 64)
-            n = c.llama_detokenize(self._ptr, &ids[0], n_ids, &text[0], <int32_t>text.size(),
-                                   remove_special, unparse_special)
-            if n < 0:
-                text.resize(-n)
-                n = c.llama_detokenize(self._ptr, &ids[0], n_ids, &text[0], -n,
-                                       remove_special, unparse_special)
-        text.resize(max(n, 0))
+            size = c.llama_detokenize(self._ptr, &ids[0], n_ids, &text[0], <int32_t>text.size(),
+                                      remove_special, unparse_special)
+            if size < 0:
+                text.resize(-size)
+                size = c.llama_detokenize(self._ptr, &ids[0], n_ids, &text[0], -size,
+                                          remove_special, unparse_special)
+        text.resize(max(size, 0))
         return (<bytes>text).decode("utf-8", "replace")
 
     def token_to_piece(self, int token, *, bint special=True):
@@ -198,13 +192,13 @@ cdef class Vocab:
         if not 0 <= token < self.n_tokens:
             raise InputError(f"token id {token} is not in range({self.n_tokens})")
         cdef string piece
-        cdef int32_t n
+        cdef int32_t size
         piece.resize(64)
-        n = c.llama_token_to_piece(self._ptr, token, &piece[0], 64, 0, special)
-        if n < 0:
-            piece.resize(-n)
-            n = c.llama_token_to_piece(self._ptr, token, &piece[0], -n, 0, special)
-        piece.resize(max(n, 0))
+        size = c.llama_token_to_piece(self._ptr, token, &piece[0], 64, 0, special)
+        if size < 0:
+            piece.resize(-size)
+            size = c.llama_token_to_piece(self._ptr, token, &piece[0], -size, 0, special)
+        piece.resize(max(size, 0))
         return <bytes>piece
 
     def is_control(self, int token):

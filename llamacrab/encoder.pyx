@@ -1,0 +1,109 @@
+# From a text to the token ids that a model reads, within a limit.
+
+
+cdef class Encoder:
+    """How the texts of one call become token ids. The rules are in native/encoding.cpp.
+
+    Parameters
+    ----------
+    vocab : Vocab
+        The model's vocabulary.
+    limit : int
+        Tokens that fit, special tokens counted.
+    truncate : bool
+        Cut the end of a text that is too long, but nothing that stands after it.
+    parse_special : bool
+        Read the spelling of a special token in a text as that token.
+    prefix, suffix : sequence of int, optional
+        Ids before and after a text; by default those that the model was trained with.
+    lead, trail : str
+        Text before and after, split into tokens together with the text.
+    """
+
+    cdef native.encoding _native
+    cdef readonly Vocab vocab
+
+    def __init__(self, Vocab vocab not None, *, int limit, bint truncate=False,
+                 bint parse_special=False, prefix=None, suffix=None, str lead="", str trail=""):
+        self.vocab = vocab
+        self._native.vocab = vocab._ptr
+        self._native.limit = limit
+        self._native.truncate = truncate
+        self._native.parse_special = parse_special
+        self._native.decompose = vocab._decompose
+        for token in vocab.prefix if prefix is None else prefix:
+            self._native.prefix.push_back(token)
+        for token in vocab.suffix if suffix is None else suffix:
+            self._native.suffix.push_back(token)
+        self._native.lead = _utf8(lead)
+        self._native.trail = _utf8(trail)
+
+    def encode(self, text, int64_t index=0):
+        """Return the ids of one text: int32, shape (n,).
+
+        Parameters
+        ----------
+        text : str or sequence of int
+            A text, or token ids, which are taken as they are: nothing is put around them.
+        index : int
+            Which text of the call it is, for error messages.
+
+        Raises
+        ------
+        TextTooLongError
+            The text has more than `limit` tokens, and `truncate` is false.
+        EmptyInputError
+            There are no tokens.
+        InputError
+            It is neither a str nor token ids of this vocabulary.
+        ContextError
+            `limit` leaves no room for the text beside what stands around it.
+        """
+        if not isinstance(text, str):
+            return self.encode_ids(text, index)
+        self.vocab.check_text(text)
+        cdef bytes data = _utf8(text)
+        cdef native.string_view view = native.string_view(data, len(data))
+        cdef native.token_vector ids
+        cdef int64_t n_tokens = 0
+        cdef native.encode_status status
+        with nogil:
+            status = self._native.encode(view, ids, n_tokens)
+        if status != native.encode_status.ok:
+            raise self.error(status, n_tokens, index)
+        return _int32_array(ids.data(), ids.size())
+
+    cdef encode_ids(self, ids, int64_t index):
+        """Check ids that the user gave, and cut them as a text would be cut."""
+        if isinstance(ids, (bytes, bytearray)) or not hasattr(ids, "__len__"):
+            raise InputError(
+                f"text {index} is {type(ids).__name__}, not str or a sequence of token ids"
+            )
+        cdef const int32_t[::1] view
+        array = as_token_ids(ids)
+        if len(array) == 0:
+            raise EmptyInputError(f"text {index} has no tokens")
+        view = array
+        self.vocab.check_ids(view)
+        cdef int64_t limit = self._native.limit
+        if len(array) <= limit:
+            return array
+        if not self._native.truncate:
+            raise TextTooLongError(len(array), limit, index)
+        # Ids that end with the closing tokens keep them through a cut, as a text does.
+        suffix = self.vocab.suffix
+        if suffix and tuple(array[-len(suffix):]) == suffix and limit > len(suffix):
+            return np.concatenate([array[:limit - len(suffix)], array[-len(suffix):]])
+        return array[:limit]
+
+    cdef object error(self, native.encode_status status, int64_t n_tokens, int64_t index):
+        if status == native.encode_status.too_long:
+            return TextTooLongError(n_tokens, self._native.limit, index)
+        if status == native.encode_status.empty:
+            return EmptyInputError(f"text {index} has no tokens")
+        if status == native.encode_status.no_room:
+            return ContextError(
+                f"text {index}: of {self._native.limit} tokens none is left for the text beside "
+                "what stands around it: make n_ctx larger"
+            )
+        return InputError(f"text {index} has more tokens than llama.cpp can count")

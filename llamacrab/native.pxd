@@ -1,0 +1,140 @@
+# The only declarations of our own C++ core, native/*.hpp.
+from libc.stdint cimport int32_t, int64_t, uint8_t
+from libcpp cimport bool as cbool
+from libcpp.memory cimport unique_ptr
+from libcpp.string cimport string
+from libcpp.vector cimport vector
+
+from llamacrab.llama cimport (
+    llama_context,
+    llama_context_params,
+    llama_model,
+    llama_token,
+    llama_vocab,
+)
+
+
+cdef extern from "<string_view>" namespace "std" nogil:
+    cppclass string_view:
+        string_view()
+        string_view(const char *data, size_t size)
+        const char *data()
+        size_t size()
+
+
+cdef extern from "native/encoding.hpp" namespace "llamacrab" nogil:
+    ctypedef vector[llama_token] token_vector
+
+    cbool tokenize(const llama_vocab *vocab, string_view text, cbool parse_special,
+                   cbool decompose, token_vector &out) except +
+
+    enum class encode_status:
+        ok
+        too_long
+        no_room
+        empty
+        uncountable
+
+    cppclass encoding:
+        const llama_vocab *vocab
+        token_vector prefix
+        token_vector suffix
+        string lead
+        string trail
+        int32_t limit
+        cbool truncate
+        cbool parse_special
+        cbool decompose
+        encode_status encode(string_view text, token_vector &out, int64_t &n_tokens) except +
+
+
+cdef extern from "native/scheduler.hpp" namespace "llamacrab" nogil:
+    enum class failure_kind:
+        none
+        decode
+        no_memory
+        numerical
+        thrown
+        closed
+        cancelled
+
+    enum class fault_kind:
+        none
+        decode_error
+        no_memory
+        throws
+        not_finite
+
+    cppclass failure:
+        failure_kind kind
+        int32_t code
+        int64_t index
+        string message
+
+    cppclass waiter:
+        cbool sleep(int64_t microseconds)
+
+    cppclass job:
+        job() except +
+        cbool normalize
+        cbool dedup
+        cbool watched
+        uint8_t *done
+        void *user
+        waiter event
+
+    cppclass item:
+        job *owner
+        int64_t index
+        size_t first
+        int32_t n_tokens
+        float *row
+        int32_t n_rows
+
+    cppclass chunk:
+        chunk() except +
+        token_vector tokens
+        vector[item] items
+
+    cppclass limits:
+        int32_t pack_tokens
+        int32_t pack_min
+        int32_t pack_texts
+        int64_t queue_tokens
+
+    cppclass worker_stats:
+        int64_t n_packs
+        int64_t n_texts
+        int64_t n_tokens
+        double wait_seconds
+        double decode_seconds
+        double copy_seconds
+
+    cppclass pack_record:
+        int32_t n_texts
+        int32_t n_tokens
+        double seconds
+
+    cppclass scheduler:
+        scheduler(llama_model *model, int32_t row_size, limits bounds) except +
+        void add_worker(llama_context *context, llama_context_params params) except +
+        cbool has_room(job &j, int64_t n_tokens) except +
+        cbool admit(job &j, unique_ptr[chunk] texts) except +
+        void seal(job &j) except +
+        cbool finished(job &j) except +
+        int64_t n_done(job &j) except +
+        void cancel(job &j) except +
+        void await_quiet(job &j) except +
+        failure failure_of(job &j) except +
+        void *next_finished() except +
+        void close() except +
+        cbool is_closed() except +
+        void set_limits(limits bounds) except +
+        limits get_limits() except +
+        int64_t queued_tokens() except +
+        int64_t queued_texts() except +
+        vector[worker_stats] stats() except +
+        vector[pack_record] recent_packs() except +
+        void add_tokenize_seconds(double seconds) except +
+        double tokenize_seconds() except +
+        void inject(fault_kind kind, int64_t after, int64_t times) except +

@@ -1,0 +1,46 @@
+// From UTF-8 text to the token ids that a model reads: special tokens around it, within a limit.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "llama.h"
+
+namespace llamacrab {
+
+using token_vector = std::vector<llama_token>;
+
+// llama.cpp's decomposition, on which BERT's uncased vocabularies rest, keeps only the first letter
+// of a Hangul syllable. Syllables that come decomposed pass whole. The arithmetic is Unicode's
+// (The Unicode Standard, 3.12 "Conjoining Jamo Behavior").
+std::string decompose_hangul(std::string_view text);
+
+// Split `text` and append its ids to `out`, without special tokens.
+// Returns false where llama.cpp cannot count the tokens.
+bool tokenize(const llama_vocab * vocab, std::string_view text, bool parse_special, bool decompose,
+              token_vector & out);
+
+enum class encode_status { ok, too_long, no_room, empty, uncountable };
+
+// How a text becomes ids: prefix, the tokens of lead + text + trail, suffix. Lead and trail are what
+// touches a document in a reranker's template: they are split into tokens together with it, and are
+// never cut.
+struct encoding {
+    const llama_vocab * vocab = nullptr;
+    token_vector        prefix;
+    token_vector        suffix;
+    std::string         lead;
+    std::string         trail;
+    int32_t             limit         = 0;
+    bool                truncate      = false;
+    bool                parse_special = false;
+    bool                decompose     = false;
+
+    // Append the ids of `text` to `out`; on failure `out` is as before. `n_tokens` is the text's
+    // length before any cut, special tokens counted.
+    encode_status encode(std::string_view text, token_vector & out, int64_t & n_tokens) const;
+};
+
+}  // namespace llamacrab

@@ -1,0 +1,633 @@
+#include "scheduler.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <new>
+#include <string_view>
+
+#include "log.hpp"
+
+namespace llamacrab {
+
+namespace {
+
+constexpr size_t kept_packs = 4096;
+
+double seconds_between(std::chrono::steady_clock::time_point a, std::chrono::steady_clock::time_point b) {
+    return std::chrono::duration<double>(b - a).count();
+}
+
+failure make_failure(failure_kind kind, int32_t code, std::string message) {
+    failure what;
+    what.kind    = kind;
+    what.code    = code;
+    what.message = std::move(message);
+    return what;
+}
+
+const llama_token * ids_of(const item & i) { return i.home->tokens.data() + i.first; }
+
+uint64_t hash_of(const item & i) {
+    const auto * bytes = reinterpret_cast<const char *>(ids_of(i));
+    return std::hash<std::string_view>{}({bytes, size_t(i.n_tokens) * sizeof(llama_token)});
+}
+
+bool same_ids(const item & a, const item & b) {
+    return a.n_tokens == b.n_tokens && std::equal(ids_of(a), ids_of(a) + a.n_tokens, ids_of(b));
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------------------------------- waiter
+
+waiter::waiter() : lock(PyThread_allocate_lock()) {
+    if (!lock) {
+        throw std::bad_alloc();
+    }
+    PyThread_acquire_lock(lock, WAIT_LOCK);
+}
+
+waiter::~waiter() {
+    wake();  // a lock is freed open
+    PyThread_free_lock(lock);
+}
+
+void waiter::wake() {
+    if (!woken.exchange(true)) {
+        PyThread_release_lock(lock);
+    }
+}
+
+bool waiter::sleep(int64_t microseconds) {
+    if (PyThread_acquire_lock_timed(lock, microseconds, /*intr_flag=*/1) != PY_LOCK_ACQUIRED) {
+        return false;
+    }
+    // A wake that comes before this line is not lost: whoever slept looks at the state afterwards.
+    woken = false;
+    return true;
+}
+
+// ---------------------------------------------------------------------------------------- worker
+
+struct scheduler::worker {
+    llama_context *      context = nullptr;
+    llama_context_params params;
+    llama_context *      renewed = nullptr;  // a context that replaced the first one: ours to free
+    llama_batch          batch;
+    std::vector<item *>  pack;
+    std::vector<failure> results;  // one for each text of the pack
+    worker_stats         stats;    // [mutex]
+    double               decode_seconds = 0, copy_seconds = 0;  // of this pack
+    std::atomic<bool>    abort{false};
+    std::thread          thread;
+
+    worker(llama_context * ctx, llama_context_params how)
+        : context(ctx), params(how), batch(llama_batch_init(int32_t(llama_n_batch(ctx)), 0, 1)) {
+        watch();
+    }
+
+    ~worker() {
+        llama_batch_free(batch);
+        if (renewed) {
+            llama_free(renewed);
+        }
+    }
+
+    void watch() {
+        const auto on_abort = [](void * data) { return static_cast<worker *>(data)->abort.load(); };
+        llama_set_abort_callback(context, on_abort, this);
+    }
+
+    // Leave a context whose state an exception has put in doubt.
+    void renew(llama_model * model) {
+        if (llama_context * fresh = llama_init_from_model(model, params)) {
+            if (renewed) {
+                llama_free(renewed);
+            }
+            context = renewed = fresh;
+            watch();
+        }
+    }
+};
+
+// ------------------------------------------------------------------------------------- life cycle
+
+scheduler::scheduler(llama_model * m, int32_t n, limits b) : model(m), row_size(n), bounds(b) {}
+
+scheduler::~scheduler() { close(); }
+
+void scheduler::add_worker(llama_context * context, llama_context_params params) {
+    auto     made = std::make_unique<worker>(context, params);
+    worker & w    = *made;
+    {
+        std::lock_guard<std::mutex> hold(mutex);
+        workers.push_back(std::move(made));
+    }
+    w.thread = std::thread([this, &w] { run(w); });
+}
+
+void scheduler::close() {
+    {
+        std::lock_guard<std::mutex> hold(mutex);
+        stopping = true;
+        while (!jobs.empty()) {
+            fail(*jobs.front(), make_failure(failure_kind::closed, 0, "closed"));
+        }
+        for (auto & w : workers) {
+            w->abort = true;
+        }
+        wake_producers();
+        work.notify_all();
+    }
+    for (auto & w : workers) {
+        if (w->thread.joinable()) {
+            w->thread.join();
+        }
+    }
+    std::lock_guard<std::mutex> hold(mutex);
+    drained = true;
+    reports.notify_all();
+}
+
+bool scheduler::is_closed() {
+    std::lock_guard<std::mutex> hold(mutex);
+    return stopping;
+}
+
+// ------------------------------------------------------------------------------------- admission
+
+bool scheduler::has_room(job & j, int64_t n_tokens) {
+    std::lock_guard<std::mutex> hold(mutex);
+    if (stopping || n_waiting_tokens == 0 || n_waiting_tokens + n_tokens <= bounds.queue_tokens) {
+        return true;
+    }
+    if (std::find(blocked.begin(), blocked.end(), &j) == blocked.end()) {
+        blocked.push_back(&j);
+    }
+    return false;
+}
+
+bool scheduler::admit(job & j, std::unique_ptr<chunk> texts) {
+    // Long texts first: they are packs of their own, and what is left at the end packs finely.
+    auto & items = texts->items;
+    for (item & i : items) {
+        i.home = texts.get();
+    }
+    std::stable_sort(items.begin(), items.end(),
+                     [](const item & a, const item & b) { return a.n_tokens > b.n_tokens; });
+    for (item & i : items) {
+        i.hash = j.dedup ? hash_of(i) : 0;
+    }
+    std::lock_guard<std::mutex> hold(mutex);
+    if (stopping) {
+        fail(j, make_failure(failure_kind::closed, 0, "closed"));
+    }
+    if (j.cancelled || j.first_failure.kind != failure_kind::none) {
+        return false;
+    }
+    if (items.empty()) {
+        return true;
+    }
+    texts->n_left = items.size();
+    j.n_open += int64_t(items.size());
+    for (item & i : items) {
+        if (j.dedup) {
+            const auto [begin, end] = j.in_flight.equal_range(i.hash);
+            const auto twin = std::find_if(begin, end, [&](auto & kept) { return same_ids(*kept.second, i); });
+            if (twin != end) {
+                i.same              = twin->second->same;
+                twin->second->same  = &i;
+                continue;
+            }
+            j.in_flight.emplace(i.hash, &i);
+        }
+        j.waiting.push_back(&i);
+        j.waiting_tokens += i.n_tokens;
+        n_waiting_tokens += i.n_tokens;
+        n_waiting_texts += 1;
+    }
+    if (!j.linked && !j.waiting.empty()) {
+        j.linked = true;
+        jobs.push_back(&j);
+    }
+    texts.release();  // finish_item frees it
+    if (n_waiting_tokens > bounds.pack_min) {
+        work.notify_all();
+    } else {
+        work.notify_one();
+    }
+    return true;
+}
+
+void scheduler::seal(job & j) {
+    std::lock_guard<std::mutex> hold(mutex);
+    j.sealed = true;
+    settle(j);
+}
+
+// ------------------------------------------------------------------------------------- the end
+
+bool scheduler::is_over(const job & j) const {
+    return j.n_open == 0 && (j.sealed || j.cancelled || j.first_failure.kind != failure_kind::none);
+}
+
+bool scheduler::finished(job & j) {
+    std::lock_guard<std::mutex> hold(mutex);
+    return is_over(j);
+}
+
+int64_t scheduler::n_done(job & j) {
+    std::lock_guard<std::mutex> hold(mutex);
+    return j.n_done;
+}
+
+void scheduler::settle(job & j) {
+    if (!is_over(j)) {
+        return;
+    }
+    if (j.user && !j.reported) {
+        j.reported = true;
+        ended.push_back(j.user);
+        reports.notify_one();
+    }
+    j.event.wake();
+}
+
+void scheduler::fail(job & j, failure what) {
+    if (j.first_failure.kind == failure_kind::none) {
+        j.first_failure = std::move(what);
+    }
+    drop_waiting(j);
+    settle(j);
+    j.event.wake();  // a producer that waits for room need not wait any longer
+}
+
+void scheduler::cancel(job & j) {
+    std::lock_guard<std::mutex> hold(mutex);
+    j.cancelled = true;
+    blocked.erase(std::remove(blocked.begin(), blocked.end(), &j), blocked.end());
+    fail(j, make_failure(failure_kind::cancelled, 0, "cancelled"));
+    for (auto & w : workers) {
+        stop_if_unwanted(*w);
+    }
+}
+
+void scheduler::stop_if_unwanted(worker & w) {
+    const auto unwanted = [](const item * i) { return i->owner->cancelled; };
+    if (!w.pack.empty() && std::all_of(w.pack.begin(), w.pack.end(), unwanted)) {
+        w.abort = true;
+    }
+}
+
+void scheduler::drop_waiting(job & j) {
+    n_waiting_tokens -= j.waiting_tokens;
+    n_waiting_texts -= int64_t(j.waiting.size());
+    std::deque<item *> dropped;
+    dropped.swap(j.waiting);
+    j.waiting_tokens = 0;
+    if (j.linked) {
+        j.linked = false;
+        jobs.erase(std::find(jobs.begin(), jobs.end(), &j));
+    }
+    for (item * i : dropped) {
+        finish_item(*i, j.first_failure);
+    }
+    wake_producers();
+}
+
+void scheduler::await_quiet(job & j) {
+    std::unique_lock<std::mutex> hold(mutex);
+    quiet.wait(hold, [&] { return j.n_open == 0; });
+    blocked.erase(std::remove(blocked.begin(), blocked.end(), &j), blocked.end());
+}
+
+failure scheduler::failure_of(job & j) {
+    std::lock_guard<std::mutex> hold(mutex);
+    return j.first_failure;
+}
+
+void * scheduler::next_finished() {
+    std::unique_lock<std::mutex> hold(mutex);
+    reports.wait(hold, [&] { return drained || !ended.empty(); });
+    if (ended.empty()) {
+        return nullptr;
+    }
+    void * user = ended.front();
+    ended.pop_front();
+    return user;
+}
+
+void scheduler::wake_producers() {
+    if (stopping || n_waiting_tokens < bounds.queue_tokens) {
+        for (job * j : blocked) {
+            j->event.wake();
+        }
+        blocked.clear();
+    }
+}
+
+// ------------------------------------------------------------------------------------- packing
+
+void scheduler::take_pack(worker & w) {
+    w.pack.clear();
+    w.abort = false;
+    // No pack takes more than a worker's share of what waits, so that at the end of a job all
+    // workers finish together; but packs too small would pay their fixed cost too often.
+    const auto    n_workers = int64_t(workers.size());
+    const int64_t share     = (n_waiting_tokens + n_workers - 1) / n_workers;
+    int64_t       room      = std::min<int64_t>(std::max<int64_t>(share, bounds.pack_min), bounds.pack_tokens);
+
+    // Every job heads a pack in its turn, so that a bulk job does not starve a single text. A job
+    // whose next text did not fit keeps its place at the front.
+    std::vector<job *> passed;
+    for (size_t turns = jobs.size(); turns > 0 && room > 0 && w.pack.size() < size_t(bounds.pack_texts); --turns) {
+        job * j = jobs.front();
+        jobs.pop_front();
+        const size_t before = w.pack.size();
+        take_from(*j, w, room);
+        if (j->waiting.empty()) {
+            j->linked = false;
+        } else if (w.pack.size() == before) {
+            passed.push_back(j);
+        } else {
+            jobs.push_back(j);
+        }
+    }
+    jobs.insert(jobs.begin(), passed.begin(), passed.end());
+    wake_producers();
+}
+
+void scheduler::take_from(job & j, worker & w, int64_t & room) {
+    while (!j.waiting.empty() && w.pack.size() < size_t(bounds.pack_texts)) {
+        item * next = j.waiting.front();
+        if (next->n_tokens > room && !w.pack.empty()) {
+            return;
+        }
+        j.waiting.pop_front();
+        j.waiting_tokens -= next->n_tokens;
+        n_waiting_tokens -= next->n_tokens;
+        n_waiting_texts -= 1;
+        room -= next->n_tokens;
+        w.pack.push_back(next);
+    }
+}
+
+// ------------------------------------------------------------------------------------- computing
+
+void scheduler::run(worker & w) {
+    for (;;) {
+        const auto idle_since = clock::now();
+        {
+            std::unique_lock<std::mutex> hold(mutex);
+            work.wait(hold, [&] { return stopping || !jobs.empty(); });
+            if (stopping) {
+                return;
+            }
+            take_pack(w);
+            w.stats.wait_seconds += seconds_between(idle_since, clock::now());
+        }
+        const auto started = clock::now();
+        w.results.assign(w.pack.size(), failure());
+        try {
+            compute(w);
+        } catch (const std::bad_alloc &) {
+            w.results.assign(w.pack.size(), make_failure(failure_kind::no_memory, 0, "out of memory"));
+            w.renew(model);
+        } catch (const std::exception & error) {
+            w.results.assign(w.pack.size(), make_failure(failure_kind::thrown, 0, error.what()));
+            w.renew(model);
+        } catch (...) {
+            w.results.assign(w.pack.size(), make_failure(failure_kind::thrown, 0, "unknown exception"));
+            w.renew(model);
+        }
+        finish(w, seconds_between(started, clock::now()));
+    }
+}
+
+void scheduler::compute(worker & w) {
+    const failure together = decode(w, w.pack.data(), w.pack.size());
+    if (together.kind == failure_kind::none) {
+        int32_t first_token = 0;
+        const auto started  = clock::now();
+        for (size_t k = 0; k < w.pack.size(); ++k) {
+            w.results[k] = copy_row(w, *w.pack[k], int32_t(k), first_token);
+            first_token += w.pack[k]->n_tokens;
+        }
+        w.copy_seconds += seconds_between(started, clock::now());
+        return;
+    }
+    if (w.pack.size() == 1 || w.abort) {
+        w.results.assign(w.pack.size(), together);
+        return;
+    }
+    // One text must not fail its neighbours: each is computed alone, and fails or not by itself.
+    for (size_t k = 0; k < w.pack.size(); ++k) {
+        w.results[k] = decode(w, &w.pack[k], 1);
+        if (w.results[k].kind == failure_kind::none) {
+            w.results[k] = copy_row(w, *w.pack[k], 0, 0);
+        }
+    }
+}
+
+failure scheduler::decode(worker & w, const item * const * items, size_t n) {
+    const auto    started = clock::now();
+    llama_batch & batch   = w.batch;
+    batch.n_tokens        = 0;
+    for (size_t seq_id = 0; seq_id < n; ++seq_id) {
+        const llama_token * ids = ids_of(*items[seq_id]);
+        for (int32_t pos = 0; pos < items[seq_id]->n_tokens; ++pos) {
+            const int32_t at    = batch.n_tokens++;
+            batch.token[at]     = ids[pos];
+            batch.pos[at]       = pos;
+            batch.n_seq_id[at]  = 1;
+            batch.seq_id[at][0] = llama_seq_id(seq_id);
+            batch.logits[at]    = 1;  // llama.cpp wants every token as an output for embeddings
+        }
+    }
+    const fault_kind injected = next_fault();
+    if (injected == fault_kind::throws) {
+        throw std::runtime_error("injected");
+    }
+    if (injected == fault_kind::no_memory) {
+        throw std::bad_alloc();
+    }
+    if (llama_memory_t memory = llama_get_memory(w.context)) {
+        llama_memory_clear(memory, false);
+    }
+    log_take_errors();
+    const int32_t code = injected == fault_kind::decode_error ? -3 : llama_decode(w.context, batch);
+    llama_synchronize(w.context);
+    w.decode_seconds += seconds_between(started, clock::now());
+    if (code == 0) {
+        return failure();
+    }
+    if (w.abort) {
+        return make_failure(failure_kind::cancelled, code, "aborted");
+    }
+    if (code == 1) {
+        return make_failure(failure_kind::decode, code, "the context's memory has no room for these tokens");
+    }
+    return make_failure(failure_kind::decode, code, log_take_errors());
+}
+
+failure scheduler::copy_row(worker & w, const item & i, int32_t seq_id, int32_t first_token) const {
+    const int32_t n_rows = std::max(i.n_rows, 1);
+    for (int32_t k = 0; k < n_rows; ++k) {
+        const float * row = i.n_rows ? llama_get_embeddings_ith(w.context, first_token + k)
+                                     : llama_get_embeddings_seq(w.context, seq_id);
+        if (!row) {
+            return make_failure(failure_kind::decode, 0, "llama.cpp has no row for this text");
+        }
+        double square = 0;
+        for (int32_t e = 0; e < row_size; ++e) {
+            square += double(row[e]) * row[e];
+        }
+        if (!std::isfinite(square)) {
+            return make_failure(failure_kind::numerical, 0, "");
+        }
+        const float scale = i.owner->normalize && square > 0 ? float(1 / std::sqrt(square)) : 1.0f;
+        float *     into  = i.row + size_t(k) * row_size;
+        for (int32_t e = 0; e < row_size; ++e) {
+            into[e] = row[e] * scale;
+        }
+    }
+    return failure();
+}
+
+void scheduler::finish(worker & w, double seconds) {
+    std::lock_guard<std::mutex> hold(mutex);
+    pack_record record;
+    record.n_texts = int32_t(w.pack.size());
+    record.seconds = seconds;
+    for (const item * i : w.pack) {
+        record.n_tokens += i->n_tokens;
+    }
+    packs.push_back(record);
+    if (packs.size() > kept_packs) {
+        packs.pop_front();
+    }
+    w.stats.n_packs += 1;
+    w.stats.n_texts += record.n_texts;
+    w.stats.n_tokens += record.n_tokens;
+    w.stats.decode_seconds += w.decode_seconds;
+    w.stats.copy_seconds += w.copy_seconds;
+    w.decode_seconds = w.copy_seconds = 0;
+    std::vector<item *> done;
+    done.swap(w.pack);
+    for (size_t k = 0; k < done.size(); ++k) {
+        finish_item(*done[k], w.results[k]);
+    }
+    quiet.notify_all();
+}
+
+void scheduler::finish_item(item & first, const failure & what) {
+    job & j = *first.owner;
+    if (j.dedup) {
+        const auto [begin, end] = j.in_flight.equal_range(first.hash);
+        const auto kept = std::find_if(begin, end, [&](auto & entry) { return entry.second == &first; });
+        if (kept != end) {
+            j.in_flight.erase(kept);
+        }
+    }
+    const bool ok = what.kind == failure_kind::none;
+    if (!ok) {
+        failure named = what;
+        named.index   = first.index;
+        if (named.kind == failure_kind::cancelled && stopping) {
+            named.kind = failure_kind::closed;
+        }
+        if (j.first_failure.kind == failure_kind::none) {
+            j.first_failure = std::move(named);
+        }
+    }
+    const float * const row = first.row;
+    const size_t        n   = size_t(std::max(first.n_rows, 1)) * row_size;
+    for (item * i = &first; i;) {
+        item * next = i->same;
+        if (ok) {
+            if (i->row != row) {
+                std::memcpy(i->row, row, n * sizeof(float));
+            }
+            if (j.done) {
+                j.done[i->index] = 1;
+            }
+            j.n_done += 1;
+        }
+        j.n_open -= 1;
+        if (--i->home->n_left == 0) {
+            delete i->home;
+        }
+        i = next;
+    }
+    if (!ok && !j.waiting.empty()) {
+        drop_waiting(j);
+    }
+    settle(j);
+    if (j.watched) {
+        j.event.wake();
+    }
+}
+
+// ------------------------------------------------------------------------------------- the rest
+
+void scheduler::set_limits(limits b) {
+    std::lock_guard<std::mutex> hold(mutex);
+    bounds = b;
+}
+
+limits scheduler::get_limits() {
+    std::lock_guard<std::mutex> hold(mutex);
+    return bounds;
+}
+
+int64_t scheduler::queued_tokens() {
+    std::lock_guard<std::mutex> hold(mutex);
+    return n_waiting_tokens;
+}
+
+int64_t scheduler::queued_texts() {
+    std::lock_guard<std::mutex> hold(mutex);
+    return n_waiting_texts;
+}
+
+std::vector<worker_stats> scheduler::stats() {
+    std::lock_guard<std::mutex> hold(mutex);
+    std::vector<worker_stats>   all;
+    for (const auto & w : workers) {
+        all.push_back(w->stats);
+    }
+    return all;
+}
+
+std::vector<pack_record> scheduler::recent_packs() {
+    std::lock_guard<std::mutex> hold(mutex);
+    return {packs.begin(), packs.end()};
+}
+
+void scheduler::add_tokenize_seconds(double seconds) {
+    std::lock_guard<std::mutex> hold(mutex);
+    seconds_tokenizing += seconds;
+}
+
+double scheduler::tokenize_seconds() {
+    std::lock_guard<std::mutex> hold(mutex);
+    return seconds_tokenizing;
+}
+
+void scheduler::inject(fault_kind kind, int64_t after, int64_t times) {
+    std::lock_guard<std::mutex> hold(mutex);
+    fault       = kind;
+    fault_after = after;
+    fault_times = times;
+}
+
+fault_kind scheduler::next_fault() {
+    std::lock_guard<std::mutex> hold(mutex);
+    if (fault == fault_kind::none || fault_after-- > 0 || fault_times-- <= 0) {
+        return fault_kind::none;
+    }
+    return fault;
+}
+
+}  // namespace llamacrab

@@ -1,0 +1,492 @@
+# The scheduler's Python face: jobs, futures, and what ends them. The work is done by
+# native/scheduler.cpp.
+
+# Texts that one admission takes at most: they are encoded together without the GIL, sorted by
+# length among themselves, and their tokens are freed together.
+cdef int TEXTS_A_CHUNK = 512
+
+_open_schedulers = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all():
+    """Stop every worker before the interpreter, and llama.cpp with it, is taken down."""
+    for scheduler in list(_open_schedulers):
+        scheduler.close()
+
+
+cdef class _SchedulerHandle:
+    """Owns the native scheduler, and keeps what its workers use."""
+
+    cdef native.scheduler *ptr
+    cdef list contexts
+    cdef int pid
+
+    def __dealloc__(self):
+        if self.ptr == NULL or self.pid != os.getpid():
+            return  # a forked child has no workers to join: what it inherited is left alone
+        with nogil:
+            del self.ptr
+
+    cdef int check_process(self) except -1:
+        if self.pid != os.getpid():
+            raise ForkError(
+                f"this Llama was made in process {self.pid}, and its threads do not exist in this "
+                "child: make a new one after the fork, or start processes with 'spawn'"
+            )
+        return 0
+
+
+cdef class Scheduler:
+    """All texts of all callers of one model: a queue, and a worker thread for every context.
+
+    Parameters
+    ----------
+    model : Model
+        The weights, shared by all contexts.
+    n_contexts : int
+        Contexts, each with a worker.
+    pack_tokens : int
+        Tokens that a pack aims at.
+    queue_tokens : int
+        Tokens that may wait before a producer must.
+    deterministic : bool
+        One text a pack.
+    **how
+        What each `Context` is made with.
+    """
+
+    cdef _SchedulerHandle _handle
+    cdef object _lock, _notifier, __weakref__
+    cdef Context _context
+    cdef readonly bint deterministic
+
+    def __init__(self, Model model not None, *, int n_contexts, int pack_tokens,
+                 int64_t queue_tokens=0, bint deterministic=False, **how):
+        cdef _SchedulerHandle handle = _SchedulerHandle()
+        cdef Context context
+        self._lock = threading.Lock()
+        self.deterministic = deterministic
+        handle.pid = os.getpid()
+        handle.contexts = [Context(model, **how) for _ in range(n_contexts)]
+        self._context = handle.contexts[0]
+        handle.ptr = new native.scheduler(
+            self._context._handle.model.ptr, self._context.n_out,
+            self._limits(pack_tokens, n_contexts, queue_tokens))
+        for context in handle.contexts:
+            handle.ptr.add_worker(context._handle.ptr, context._params)
+        self._handle = handle
+        _open_schedulers.add(self)
+
+    cdef native.limits _limits(self, int pack_tokens, int n_contexts, int64_t queue_tokens):
+        cdef native.limits bounds
+        most = min(self._context.n_batch, self._context.n_ubatch)
+        bounds.pack_tokens = max(1, min(pack_tokens, most))
+        # A pack below this costs too much a token to be worth an even finish.
+        bounds.pack_min = min(64, bounds.pack_tokens)
+        bounds.pack_texts = 1 if self.deterministic else self._context.n_seq_max
+        bounds.queue_tokens = queue_tokens or 32 * n_contexts * bounds.pack_tokens
+        return bounds
+
+    cdef _SchedulerHandle handle(self):
+        cdef _SchedulerHandle handle
+        with cython.critical_section(self):
+            handle = self._handle
+        if handle is None:
+            raise ClosedError("the Llama is closed")
+        handle.check_process()
+        return handle
+
+    def __del__(self):
+        self.close()
+
+    def close(self):
+        """Stop: running packs are aborted, callers get ClosedError, and the contexts are freed."""
+        cdef _SchedulerHandle handle
+        with cython.critical_section(self):
+            handle = self._handle
+            self._handle = None
+        if handle is None or handle.pid != os.getpid():
+            return
+        with nogil:
+            handle.ptr.close()
+        if self._notifier is not None and self._notifier is not threading.current_thread():
+            self._notifier.join()
+
+    @property
+    def closed(self):
+        return self._handle is None
+
+    @property
+    def context(self):
+        """One of the contexts, for its sizes."""
+        return self._context
+
+    @property
+    def n_contexts(self):
+        return len(self.handle().contexts)
+
+    @property
+    def pack_tokens(self):
+        """Tokens that a pack aims at; may be set at any time."""
+        return self.handle().ptr.get_limits().pack_tokens
+
+    @pack_tokens.setter
+    def pack_tokens(self, int value):
+        cdef _SchedulerHandle handle = self.handle()
+        handle.ptr.set_limits(self._limits(value, len(handle.contexts), 0))
+
+    def job(self, Encoder encoder not None, int64_t n_texts, *, bint normalize=False,
+            bint dedup=True):
+        """Return a `Job` for `n_texts` texts."""
+        return Job(self, encoder, n_texts, normalize, dedup)
+
+    def future(self, Job job not None, convert=None):
+        """Return a `concurrent.futures.Future` of a job, to which all texts have been added.
+
+        Parameters
+        ----------
+        convert : callable, optional
+            Turns the job's rows into the future's result.
+        """
+        cdef _SchedulerHandle handle = self.handle()
+        with self._lock:
+            if self._notifier is None:
+                self._notifier = threading.Thread(
+                    target=_notify, args=(handle,), name="llamacrab-notifier", daemon=True)
+                self._notifier.start()
+        future = _JobFuture(job, convert)
+        job._future = future
+        Py_INCREF(job)  # the notifier's, until the job has ended
+        job._job.user = <void *>job
+        job.seal()
+        return future
+
+    def stats(self):
+        """Return counts since the start, a dict; see `Llama.stats`."""
+        cdef _SchedulerHandle handle = self.handle()
+        cdef native.worker_stats one
+        workers = []
+        for one in handle.ptr.stats():
+            workers.append({
+                "packs": one.n_packs,
+                "texts": one.n_texts,
+                "tokens": one.n_tokens,
+                "wait_seconds": one.wait_seconds,
+                "decode_seconds": one.decode_seconds,
+                "copy_seconds": one.copy_seconds,
+            })
+        return {
+            "queued_texts": handle.ptr.queued_texts(),
+            "queued_tokens": handle.ptr.queued_tokens(),
+            "tokenize_seconds": handle.ptr.tokenize_seconds(),
+            "workers": workers,
+        }
+
+    def recent_packs(self):
+        """Return the last packs, up to 4096: a structured array of n_texts, n_tokens, seconds."""
+        cdef _SchedulerHandle handle = self.handle()
+        cdef native.pack_record one
+        return np.array(
+            [(one.n_texts, one.n_tokens, one.seconds) for one in handle.ptr.recent_packs()],
+            dtype=[("n_texts", np.int32), ("n_tokens", np.int32), ("seconds", np.float64)],
+        )
+
+    def _inject(self, str kind, int64_t after=0, int64_t times=1):
+        """Make decodes fail, for tests: skip `after` of them, then fail `times`."""
+        kinds = {"none": 0, "decode_error": 1, "no_memory": 2, "throws": 3, "not_finite": 4}
+        cdef int value = kinds[kind]
+        self.handle().ptr.inject(<native.fault_kind>value, after, times)
+
+
+cdef class Job:
+    """One call's texts on their way through the scheduler.
+
+    `add` texts, then `seal` and `wait`. Whoever stops early must `cancel`: the rows belong to the
+    workers until then.
+
+    Attributes
+    ----------
+    rows : ndarray of float32, or list of them
+        Shape (n_texts, n_out), filled as texts are done; with pooling NONE a list of arrays of
+        shape (n_tokens, n_out).
+    done : ndarray of bool, shape (n_texts,)
+        Which texts have their row.
+    """
+
+    cdef _SchedulerHandle _handle
+    cdef native.job *_job
+    cdef Encoder _encoder
+    cdef readonly object rows, done
+    cdef object _future
+    cdef int64_t _n_texts, _n_added
+    cdef int _n_out
+    cdef bint _pooled
+
+    def __init__(self, Scheduler scheduler not None, Encoder encoder not None, int64_t n_texts,
+                 bint normalize, bint dedup):
+        self._handle = scheduler.handle()
+        self._encoder = encoder
+        self._n_texts = n_texts
+        self._n_out = scheduler._context.n_out
+        self._pooled = scheduler._context.pooling_type != PoolingType.NONE
+        if self._pooled:
+            self.rows = np.zeros((n_texts, self._n_out), dtype=np.float32)
+        else:
+            self.rows = [np.empty((0, self._n_out), dtype=np.float32)] * n_texts
+        self.done = np.zeros(n_texts, dtype=bool)
+        self._job = new native.job()
+        self._job.normalize = normalize
+        self._job.dedup = dedup and not scheduler.deterministic
+        cdef uint8_t[::1] done = self.done.view(np.uint8)
+        if n_texts:
+            self._job.done = &done[0]
+
+    def __dealloc__(self):
+        if self._job == NULL or self._handle is None or self._handle.pid != os.getpid():
+            return
+        with nogil:
+            # Usually over long since; else no worker may write into rows that are being freed.
+            self._handle.ptr.cancel(self._job[0])
+            self._handle.ptr.await_quiet(self._job[0])
+            del self._job
+
+    def add(self, list texts not None, *, bint block=True, deadline=None):
+        """Encode texts and queue them, waiting for room in the queue where need be.
+
+        Parameters
+        ----------
+        texts : list of str or of sequences of int
+            The next texts of the job.
+        block : bool
+            Wait for room; else raise `QueueFull`.
+        deadline : float, optional
+            ``time.monotonic()`` at which to give up with `LlamaTimeoutError`.
+        """
+        cdef Py_ssize_t start = 0
+        while start < len(texts):
+            start += self._add_some(texts[start:start + TEXTS_A_CHUNK], block, deadline)
+
+    cdef Py_ssize_t _add_some(self, list texts, bint block, deadline) except -1:
+        """Encode and queue the first of `texts`, at least one; return how many."""
+        cdef unique_ptr[native.chunk] texts_in
+        cdef native.chunk *chunk = new native.chunk()
+        texts_in.reset(chunk)
+        cdef vector[native.string_view] views
+        cdef vector[cbool] is_text
+        cdef Py_ssize_t i, size, n_texts = len(texts)
+        cdef const char *data
+        cdef const int32_t[::1] ids
+        cdef list kept = []
+        if self._n_added + n_texts > self._n_texts:
+            raise ValueError(f"the job is for {self._n_texts} texts")
+        for i in range(n_texts):
+            text = texts[i]
+            if isinstance(text, str):
+                self._encoder.vocab.check_text(text)
+                if PyUnicode_IS_ASCII(text):
+                    data = PyUnicode_AsUTF8AndSize(text, &size)
+                else:
+                    # Not the UTF-8 that the str would keep beside itself as long as it lives.
+                    text = _utf8(text)
+                    data = text
+                    size = len(text)
+                is_text.push_back(True)
+            else:
+                text = self._encoder.encode_ids(text, self._n_added + i)
+                ids = text
+                data = <const char *>&ids[0]
+                size = ids.shape[0] * sizeof(int32_t)
+                is_text.push_back(False)
+            kept.append(text)
+            views.push_back(native.string_view(data, size))
+
+        cdef int64_t n_tokens = 0, budget = max(self._handle.ptr.get_limits().queue_tokens // 4, 1)
+        cdef native.encode_status status = native.encode_status.ok
+        cdef native.item item
+        cdef size_t before
+        started = time.perf_counter()
+        with nogil:
+            chunk.items.reserve(n_texts)
+            for i in range(n_texts):
+                before = chunk.tokens.size()
+                if is_text[i]:
+                    status = self._encoder._native.encode(views[i], chunk.tokens, n_tokens)
+                    if status != native.encode_status.ok:
+                        break
+                else:
+                    chunk.tokens.resize(before + views[i].size() // sizeof(int32_t))
+                    memcpy(&chunk.tokens[before], views[i].data(), views[i].size())
+                item.owner = self._job
+                item.index = self._n_added + i
+                item.first = before
+                item.n_tokens = <int32_t>(chunk.tokens.size() - before)
+                item.row = NULL
+                item.n_rows = 0
+                chunk.items.push_back(item)
+                if <int64_t>chunk.tokens.size() >= budget:
+                    break
+        self._handle.ptr.add_tokenize_seconds(time.perf_counter() - started)
+        if status != native.encode_status.ok:
+            raise self._encoder.error(status, n_tokens, self._n_added + i)
+        n_texts = chunk.items.size()
+        self._place_rows(chunk)
+        n_tokens = chunk.tokens.size()
+        while not self._handle.ptr.has_room(self._job[0], n_tokens):
+            if not block:
+                raise QueueFull(
+                    f"{self._handle.ptr.queued_tokens()} tokens wait already; {n_tokens} more do "
+                    f"not fit in {self._handle.ptr.get_limits().queue_tokens}"
+                )
+            self._sleep(deadline)
+        cdef cbool admitted
+        with nogil:
+            admitted = self._handle.ptr.admit(self._job[0], move(texts_in))
+        if not admitted:
+            self._raise_failure()
+        self._n_added += n_texts
+        return n_texts
+
+    cdef int _place_rows(self, native.chunk *chunk) except -1:
+        """Give every text the place of its row."""
+        cdef float[:, ::1] rows
+        cdef size_t k
+        if self._pooled:
+            rows = self.rows
+            for k in range(chunk.items.size()):
+                chunk.items[k].row = &rows[chunk.items[k].index, 0]
+            return 0
+        for k in range(chunk.items.size()):
+            own = np.empty((chunk.items[k].n_tokens, self._n_out), dtype=np.float32)
+            self.rows[chunk.items[k].index] = own
+            rows = own
+            chunk.items[k].row = &rows[0, 0]
+            chunk.items[k].n_rows = chunk.items[k].n_tokens
+        return 0
+
+    cdef int _sleep(self, deadline) except -1:
+        """Sleep until something of this job has changed, a signal came, or time is up."""
+        cdef int64_t microseconds = -1
+        if deadline is not None:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise LlamaTimeoutError("the time given for this call is over")
+            microseconds = <int64_t>(left * 1e6) + 1
+        with nogil:
+            self._job.event.sleep(microseconds)
+        PyErr_CheckSignals()
+        return 0
+
+    def seal(self):
+        """Say that no more texts will come."""
+        with nogil:
+            self._handle.ptr.seal(self._job[0])
+
+    def wait(self, *, deadline=None, progress=None):
+        """Wait until all texts are done and return `rows`.
+
+        Parameters
+        ----------
+        deadline : float, optional
+            ``time.monotonic()`` at which to give up with `LlamaTimeoutError`.
+        progress : callable, optional
+            Called with the number of texts done, now and then.
+        """
+        self._job.watched = progress is not None
+        while not self._handle.ptr.finished(self._job[0]):
+            self._sleep(deadline)
+            if progress is not None:
+                progress(self.n_done)
+        self._raise_failure()
+        return self.rows
+
+    def cancel(self, *, bint wait=True):
+        """Stop: what waits is dropped, and a pack that nobody else needs is aborted.
+
+        Parameters
+        ----------
+        wait : bool
+            Return only when no worker writes into `rows` any more.
+        """
+        if self._handle.pid != os.getpid():
+            return
+        with nogil:
+            self._handle.ptr.cancel(self._job[0])
+            if wait:
+                self._handle.ptr.await_quiet(self._job[0])
+
+    @property
+    def n_done(self):
+        """Texts that have their row."""
+        return self._handle.ptr.n_done(self._job[0])
+
+    @property
+    def encoder(self):
+        return self._encoder
+
+    cdef int _raise_failure(self) except -1:
+        cdef native.failure what = self._handle.ptr.failure_of(self._job[0])
+        message = what.message.decode("utf-8", "replace") or "llama.cpp gave no reason"
+        error = None
+        if what.kind == native.failure_kind.decode:
+            error = DecodeError(what.code, f"{message} (text {what.index})")
+        elif what.kind == native.failure_kind.no_memory:
+            error = AllocationError(f"not enough memory to compute text {what.index}")
+        elif what.kind == native.failure_kind.numerical:
+            error = NumericalError(what.index)
+        elif what.kind == native.failure_kind.thrown:
+            error = DecodeError(-3, f"{message} (text {what.index})")
+        elif what.kind == native.failure_kind.closed:
+            error = ClosedError("the Llama was closed")
+        elif what.kind == native.failure_kind.cancelled:
+            error = CancelledError("the job was cancelled")
+        if error is None:
+            return 0
+        raise error
+
+
+class _JobFuture(concurrent.futures.Future):
+    """A future whose `cancel` reaches the scheduler, also while the job runs."""
+
+    def __init__(self, job, convert):
+        super().__init__()
+        self._llamacrab_job = job
+        self._llamacrab_convert = convert
+
+    def cancel(self):
+        cancelled = super().cancel()
+        job = self._llamacrab_job
+        if cancelled and job is not None:
+            job.cancel(wait=False)
+        return cancelled
+
+    def _end(self, job):
+        """Take over what the job came to, on the notifier's thread."""
+        self._llamacrab_job = None
+        if not self.set_running_or_notify_cancel():
+            return
+        try:
+            rows = job.wait()
+            convert = self._llamacrab_convert
+            result = rows if convert is None else convert(rows)
+        except BaseException as error:
+            error.rows, error.done = job.rows, job.done
+            self.set_exception(error)
+        else:
+            self.set_result(result)
+
+
+def _notify(_SchedulerHandle handle):
+    """Resolve futures as their jobs end; the workers themselves never touch Python."""
+    cdef void *ended
+    while True:
+        with nogil:
+            ended = handle.ptr.next_finished()
+        if ended == NULL:
+            return
+        job = <Job>ended
+        Py_DECREF(job)
+        future = (<Job>job)._future
+        (<Job>job)._future = None
+        future._end(job)
+        del job, future
