@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import disjoint_base
 
 _Ids: TypeAlias = Sequence[int] | npt.NDArray[Any]
 _Int32: TypeAlias = npt.NDArray[np.int32]
@@ -37,6 +38,7 @@ class SplitMode(enum.IntEnum):
     LAYER = 1
     ROW = 2
 
+@disjoint_base
 class Vocab:
     @property
     def n_tokens(self) -> int: ...
@@ -72,6 +74,7 @@ class Vocab:
     def token_to_piece(self, token: int, *, special: bool = True) -> bytes: ...
     def is_control(self, token: int) -> bool: ...
 
+@disjoint_base
 class Model:
     def __init__(
         self,
@@ -128,8 +131,9 @@ class Model:
         *exc_info: type[BaseException] | BaseException | TracebackType | None,
     ) -> None: ...
 
+@disjoint_base
 class Batch:
-    def __init__(self, n_tokens: int) -> None: ...
+    def __new__(cls, n_tokens: int) -> Batch: ...
     @property
     def capacity(self) -> int: ...
     @property
@@ -140,6 +144,7 @@ class Batch:
     def add(self, seq_id: int, tokens: _Ids, *, pos: int | None = None) -> None: ...
     def clear(self) -> None: ...
 
+@disjoint_base
 class Context:
     def __init__(
         self,

@@ -42,7 +42,9 @@ def source_tree(destination: Path, downloads: Path) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with tarfile.open(archive) as tar:
-            tar.extractall(partial, members=_members(tar), filter="data")
+            # Debian 12's Python 3.11.2 lacks the filter; there the pinned hash alone must do.
+            tar.extraction_filter = getattr(tarfile, "data_filter", None)
+            tar.extractall(partial, members=_members(tar))
         (partial / ".sha256").write_text(PIN["sha256"])
         shutil.rmtree(destination, ignore_errors=True)
         partial.rename(destination)
@@ -56,7 +58,8 @@ def _members(tar: tarfile.TarFile):
     for member in tar:
         name = member.name.removeprefix(prefix)
         if name != member.name and name.startswith(NEEDED):
-            yield member.replace(name=name, deep=False)
+            member.name = name
+            yield member
 
 
 if __name__ == "__main__":
