@@ -198,6 +198,7 @@ class Context:
         *exc_info: type[BaseException] | BaseException | TracebackType | None,
     ) -> None: ...
 
+@disjoint_base
 class Encoder:
     def __init__(
         self,
@@ -215,6 +216,7 @@ class Encoder:
     def vocab(self) -> Vocab: ...
     def encode(self, text: str | _Ids, index: int = 0) -> _Int32: ...
 
+@disjoint_base
 class Scheduler:
     def __init__(
         self,
@@ -245,6 +247,7 @@ class Scheduler:
     def __del__(self) -> None: ...
     def _inject(self, kind: str, after: int = 0, times: int = 1) -> None: ...
 
+@disjoint_base
 class Job:
     def __init__(
         self, scheduler: Scheduler, encoder: Encoder, n_texts: int, normalize: bool, dedup: bool

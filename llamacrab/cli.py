@@ -1,4 +1,4 @@
-"""The command line: `llamacrab embed | rerank | search | info | fetch | convert | versions`."""
+"""The command line: `llamacrab embed | rerank | search | info | tune | fetch | convert ...`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import click
 import numpy as np
 
 import llamacrab
-from llamacrab import EmbedOptions, Llama, LlamaError, PoolingType
+from llamacrab import EmbedOptions, Llama, LlamaError, PoolingType, tuning
 from llamacrab._convert import OUTTYPES, convert
 from llamacrab._core import Model
 from llamacrab.default_model import default_model_path, fetch_default_model, resolve
@@ -256,6 +256,52 @@ def fetch(outtype: str, force: bool) -> None:
 def convert_command(folder: Path, output: Path, outtype: str) -> None:
     """Convert a sentence-transformers BERT FOLDER into a GGUF."""
     click.echo(convert(folder, output, outtype=outtype))
+
+
+@main.command("tune")
+@click.argument("path", metavar="[MODEL]", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--length",
+    type=click.IntRange(1),
+    default=24,
+    show_default=True,
+    help="Mean tokens of the texts to measure with.",
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0.05),
+    default=0.5,
+    show_default=True,
+    help="How long each measurement takes at least.",
+)
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the table into this file.")
+@click.option("--n-gpu-layers", type=int, default=-1, help="Layers on GPUs; -1: all.")
+def tune_command(
+    path: Path | None, length: int, seconds: float, plot: Path | None, n_gpu_layers: int
+) -> None:
+    """Measure contexts, threads, flash attention and packs for MODEL, and remember the best."""
+    on_gpu = n_gpu_layers != 0 and tuning.has_gpu()
+
+    def report(one: tuning.Measurement) -> None:
+        layout = one.layout
+        click.echo(
+            f"{layout.n_contexts:8} {layout.n_threads:7} {layout.flash_attn!s:>10} "
+            f"{layout.pack_tokens:11} {one.tokens_per_second:9,.0f}"
+        )
+
+    click.echo("contexts threads flash_attn pack_tokens  tokens/s")
+    with Model(resolve(path), n_gpu_layers=n_gpu_layers) as model:
+        found = tuning.tune(model, on_gpu=on_gpu, n_tokens=length, seconds=seconds, report=report)
+        tuning.remember(model, on_gpu, found.best)
+    for (n_contexts, n_threads, flash_attn), (a, b, c) in found.fits.items():
+        click.echo(
+            f"{n_contexts} x {n_threads}, flash_attn={flash_attn}: seconds(n tokens) = "
+            f"{a:.3g} + {b:.3g} n + {c:.3g} n^2"
+        )
+    click.echo(f"best, and remembered: {found.best}")
+    if plot:
+        tuning.plot(found, plot)
+        click.echo(f"{plot} drawn")
 
 
 @main.command()

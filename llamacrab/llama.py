@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 # A text longer than this many tokens needs an explicit n_ctx: the buffers for it are large.
 N_CTX_DEFAULT_MAX = 8192
 N_SEQ_MAX = 256
+# Texts given to the scheduler between two looks at progress.
+TEXTS_A_STEP = 256
+# A job that has done so many texts, and goes on, may vary its packs to find the best size.
+CALIBRATION_TEXTS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,12 +145,9 @@ class Llama:
             use_mlock=use_mlock,
         )
         n_ctx = n_ctx or min(self.model.n_ctx_train, N_CTX_DEFAULT_MAX)
-        self.layout = layout = tuning.choose(
-            self.model,
-            n_ctx=n_ctx,
-            on_gpu=n_gpu_layers != 0 and tuning.has_gpu(),
-            given=tuning.Layout(n_contexts, n_threads, pack_tokens or n_ubatch, flash_attn),
-        )
+        self._on_gpu = n_gpu_layers != 0 and tuning.has_gpu()
+        given = tuning.Layout(n_contexts, n_threads, pack_tokens or n_ubatch, flash_attn)
+        self.layout = layout = tuning.choose(self.model, on_gpu=self._on_gpu, given=given)
         n_ubatch = n_ubatch or max(n_ctx, layout.pack_tokens)
         n_seq_max = n_seq_max or max(1, min(N_SEQ_MAX, layout.pack_tokens // 4))
         self._scheduler = Scheduler(
@@ -166,6 +167,13 @@ class Llama:
             flash_attn=layout.flash_attn,
         )
         self._limit = min(n_ctx, self._scheduler.context.n_tokens_max)
+        # Explicit sizes are kept; so is what has been measured before.
+        may_tune = not (given.pack_tokens or deterministic)
+        self._calibration = (
+            tuning.Calibration(self._scheduler, self._keep_pack)
+            if may_tune and tuning.remembered(self.model, self._on_gpu) is None
+            else None
+        )
         self._is_yes_no = self.model.cls_labels == ["yes", "no"]
 
     def close(self) -> None:
@@ -360,6 +368,7 @@ class Llama:
                 if not block or len(jobs) > 2:
                     rows = jobs[0].wait()
                     first += len(jobs.pop(0).done)
+                    self._tune(first, over=not block)
                     yield cast("np.ndarray", rows)
         except LlamaError as error:
             if hasattr(error, "index"):
@@ -416,14 +425,15 @@ class Llama:
 
     async def aembed(self, text: Text, **keywords: Any) -> np.ndarray:
         """Await the vector of one text; keywords as for `embed`, without ``timeout``."""
-        return await aio.submit(self.submit, text, **keywords)
+        return cast("np.ndarray", await aio.submit(self.submit, text, **keywords))
 
     async def aembed_texts(self, texts: Iterable[Text], **keywords: Any) -> np.ndarray:
         """Await the vectors of many texts; keywords as for `submit`.
 
         Cancelling the task drops what waits and does not disturb other callers.
         """
-        return await aio.submit(self.submit, _as_list(texts, "aembed_texts"), **keywords)
+        rows = await aio.submit(self.submit, _as_list(texts, "aembed_texts"), **keywords)
+        return cast("np.ndarray", rows)
 
     # ------------------------------------------------------------------------------- reranking
 
@@ -470,9 +480,9 @@ class Llama:
         self, query: str, documents: Iterable[str], *, truncate: bool = False
     ) -> np.ndarray:
         """Await how well each document answers the query; see `rerank`."""
-        return await aio.submit(
-            self._submit_rerank, query, _as_list(documents, "arerank"), truncate=truncate
-        )
+        documents = _as_list(documents, "arerank")
+        scores = await aio.submit(self._submit_rerank, query, documents, truncate=truncate)
+        return cast("np.ndarray", scores)
 
     def _submit_rerank(
         self, query: str, documents: list[str], *, truncate: bool, block: bool = True
@@ -508,6 +518,21 @@ class Llama:
     def recent_packs(self) -> np.ndarray:
         """Return the last packs, up to 4096: a structured array of n_texts, n_tokens, seconds."""
         return self._scheduler.recent_packs()
+
+    def _keep_pack(self, pack_tokens: int) -> None:
+        self._calibration = None
+        self.layout = replace(self.layout, pack_tokens=pack_tokens)
+        tuning.remember(self.model, self._on_gpu, self.layout)
+
+    def _tune(self, n_done: int, *, over: bool = False) -> None:
+        """Let a job that goes on for long find the best size of a pack on its way."""
+        calibration = self._calibration
+        if calibration is None:
+            return
+        if over:
+            self._scheduler.pack_tokens = self.layout.pack_tokens
+        elif n_done >= CALIBRATION_TEXTS:
+            calibration.step()
 
     def _embed_job(self, n_texts: int, how: EmbedOptions, *, dedup: bool = True) -> Job:
         if self.pooling_type == PoolingType.RANK:
@@ -546,11 +571,13 @@ class Llama:
         deadline = None if timeout is None else time.monotonic() + timeout
         bar = require("tqdm", extra="progress").tqdm(total=len(texts)) if progress else None
         try:
-            for start in range(0, len(texts), 4096):
-                job.add(texts[start : start + 4096], deadline=deadline)
+            for start in range(0, len(texts), TEXTS_A_STEP):
+                job.add(texts[start : start + TEXTS_A_STEP], deadline=deadline)
                 if bar is not None:
                     bar.update(job.n_done - bar.n)
+                self._tune(job.n_done)
             job.seal()
+            self._tune(job.n_done, over=True)
             return job.wait(
                 deadline=deadline,
                 progress=None if bar is None else lambda done: bar.update(done - bar.n),

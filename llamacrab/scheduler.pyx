@@ -59,6 +59,7 @@ cdef class Scheduler:
     cdef _SchedulerHandle _handle
     cdef object _lock, _notifier, __weakref__
     cdef Context _context
+    cdef int64_t _queue_tokens
     cdef readonly bint deterministic
 
     def __init__(self, Model model not None, *, int n_contexts, int pack_tokens,
@@ -67,25 +68,26 @@ cdef class Scheduler:
         cdef Context context
         self._lock = threading.Lock()
         self.deterministic = deterministic
+        self._queue_tokens = queue_tokens
         handle.pid = os.getpid()
         handle.contexts = [Context(model, **how) for _ in range(n_contexts)]
         self._context = handle.contexts[0]
         handle.ptr = new native.scheduler(
             self._context._handle.model.ptr, self._context.n_out,
-            self._limits(pack_tokens, n_contexts, queue_tokens))
+            self._limits(pack_tokens, n_contexts))
         for context in handle.contexts:
             handle.ptr.add_worker(context._handle.ptr, context._params)
         self._handle = handle
         _open_schedulers.add(self)
 
-    cdef native.limits _limits(self, int pack_tokens, int n_contexts, int64_t queue_tokens):
+    cdef native.limits _limits(self, int pack_tokens, int n_contexts):
         cdef native.limits bounds
         most = min(self._context.n_batch, self._context.n_ubatch)
         bounds.pack_tokens = max(1, min(pack_tokens, most))
         # A pack below this costs too much a token to be worth an even finish.
         bounds.pack_min = min(64, bounds.pack_tokens)
         bounds.pack_texts = 1 if self.deterministic else self._context.n_seq_max
-        bounds.queue_tokens = queue_tokens or 32 * n_contexts * bounds.pack_tokens
+        bounds.queue_tokens = self._queue_tokens or 32 * n_contexts * bounds.pack_tokens
         return bounds
 
     cdef _SchedulerHandle handle(self):
@@ -134,7 +136,7 @@ cdef class Scheduler:
     @pack_tokens.setter
     def pack_tokens(self, int value):
         cdef _SchedulerHandle handle = self.handle()
-        handle.ptr.set_limits(self._limits(value, len(handle.contexts), 0))
+        handle.ptr.set_limits(self._limits(value, len(handle.contexts)))
 
     def job(self, Encoder encoder not None, int64_t n_texts, *, bint normalize=False,
             bint dedup=True):
