@@ -1,4 +1,4 @@
-"""From a future of the scheduler to something that asyncio can await."""
+"""Await a job of the scheduler from asyncio."""
 
 from __future__ import annotations
 
@@ -9,37 +9,27 @@ from llamacrab.errors import QueueFull
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from concurrent.futures import Future
+
+    from llamacrab._core import Job, Scheduler
 
 # A call with more texts than this is encoded in a thread, so that the event loop goes on.
 INLINE_TEXTS = 32
 
 
-async def submit(submit: Callable[..., Future[Any]], *arguments: Any, **keywords: Any) -> Any:
-    """Await what ``submit(*arguments, **keywords)`` promises; cancelling reaches the scheduler.
-
-    Parameters
-    ----------
-    submit : callable
-        Takes ``block``, and raises `QueueFull` where it is false and there is no room.
-    """
-    texts = arguments[-1]
-    if not isinstance(texts, list) or len(texts) <= INLINE_TEXTS:
-        try:
-            return await asyncio.wrap_future(submit(*arguments, block=False, **keywords))
-        except QueueFull:
-            pass
-    # The queue is full, or there is much to encode: wait for that in a thread.
-    queued = asyncio.ensure_future(asyncio.to_thread(submit, *arguments, **keywords))
+async def run(
+    scheduler: Scheduler, job: Job, texts: list[Any], convert: Callable[[Any], Any] | None = None
+) -> Any:
+    """Put the texts through the scheduler and return their rows; cancelling cancels the job."""
     try:
-        future = await asyncio.shield(queued)
-    except asyncio.CancelledError:
-        # The thread cannot be stopped while it waits for room; what it brings is dropped.
-        queued.add_done_callback(_drop)
+        if len(texts) <= INLINE_TEXTS:
+            try:
+                job.add(texts, block=False)
+            except QueueFull:
+                await asyncio.to_thread(job.add, texts[job.n_added :])
+        else:
+            await asyncio.to_thread(job.add, texts)
+        return await asyncio.wrap_future(scheduler.future(job, convert))
+    except BaseException:
+        # Also wakes the thread that may wait for room.
+        job.cancel(wait=False)
         raise
-    return await asyncio.wrap_future(future)
-
-
-def _drop(queued: asyncio.Task[Future[Any]]) -> None:
-    if not queued.cancelled() and queued.exception() is None:
-        queued.result().cancel()

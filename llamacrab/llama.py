@@ -423,17 +423,40 @@ class Llama:
             raise
         return self._scheduler.future(job, _first if single else None)
 
-    async def aembed(self, text: Text, **keywords: Any) -> np.ndarray:
-        """Await the vector of one text; keywords as for `embed`, without ``timeout``."""
-        return cast("np.ndarray", await aio.submit(self.submit, text, **keywords))
+    async def aembed(
+        self,
+        text: Text,
+        *,
+        options: EmbedOptions | None = None,
+        normalize: bool | None = None,
+        start_token: bool | None = None,
+        truncate: bool | None = None,
+        parse_special: bool | None = None,
+    ) -> np.ndarray:
+        """Await the vector of one text; see `embed`."""
+        how = _merge(options, normalize, start_token, truncate, parse_special)
+        rows = await aio.run(self._scheduler, self._embed_job(1, how), [text])
+        return cast("np.ndarray", rows[0])
 
-    async def aembed_texts(self, texts: Iterable[Text], **keywords: Any) -> np.ndarray:
-        """Await the vectors of many texts; keywords as for `submit`.
+    async def aembed_texts(
+        self,
+        texts: Iterable[Text],
+        *,
+        options: EmbedOptions | None = None,
+        normalize: bool | None = None,
+        start_token: bool | None = None,
+        truncate: bool | None = None,
+        parse_special: bool | None = None,
+        dedup: bool = True,
+    ) -> np.ndarray:
+        """Await the vectors of many texts; see `embed_texts`.
 
         Cancelling the task drops what waits and does not disturb other callers.
         """
-        rows = await aio.submit(self.submit, _as_list(texts, "aembed_texts"), **keywords)
-        return cast("np.ndarray", rows)
+        how = _merge(options, normalize, start_token, truncate, parse_special)
+        texts = _as_list(texts, "aembed_texts")
+        job = self._embed_job(len(texts), how, dedup=dedup)
+        return cast("np.ndarray", await aio.run(self._scheduler, job, texts))
 
     # ------------------------------------------------------------------------------- reranking
 
@@ -481,19 +504,9 @@ class Llama:
     ) -> np.ndarray:
         """Await how well each document answers the query; see `rerank`."""
         documents = _as_list(documents, "arerank")
-        scores = await aio.submit(self._submit_rerank, query, documents, truncate=truncate)
-        return cast("np.ndarray", scores)
-
-    def _submit_rerank(
-        self, query: str, documents: list[str], *, truncate: bool, block: bool = True
-    ) -> Future[np.ndarray]:
         job = self._rerank_job(query, len(documents), truncate)
-        try:
-            job.add(documents, block=block)
-        except BaseException:
-            job.cancel()
-            raise
-        return self._scheduler.future(job, self._scores)
+        scores = await aio.run(self._scheduler, job, documents, self._scores)
+        return cast("np.ndarray", scores)
 
     def _scores(self, rows: Any) -> np.ndarray:
         # A Qwen3 head's two outputs are the softmax over yes and no: one number says all.

@@ -216,6 +216,7 @@ cdef class Job:
         Which texts have their row.
     """
 
+    cdef Scheduler _scheduler  # a scheduler that nobody else holds lives until its jobs end
     cdef _SchedulerHandle _handle
     cdef native.job *_job
     cdef Encoder _encoder
@@ -227,6 +228,7 @@ cdef class Job:
 
     def __init__(self, Scheduler scheduler not None, Encoder encoder not None, int64_t n_texts,
                  bint normalize, bint dedup):
+        self._scheduler = scheduler
         self._handle = scheduler.handle()
         self._encoder = encoder
         self._n_texts = n_texts
@@ -416,6 +418,11 @@ cdef class Job:
             self._handle.ptr.cancel(self._job[0])
             if wait:
                 self._handle.ptr.await_quiet(self._job[0])
+
+    @property
+    def n_added(self):
+        """Texts queued so far; where `add` raised `QueueFull`, those after them are not."""
+        return self._n_added
 
     @property
     def n_done(self):

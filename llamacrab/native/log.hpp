@@ -20,6 +20,7 @@ struct log_thread {
     int         level = GGML_LOG_LEVEL_NONE;
     std::string line;    // the unfinished line
     std::string errors;  // finished error lines since log_take_errors()
+    bool        muted = false;  // what this thread says now is expected, and nobody's concern
 };
 
 inline log_state & log_shared() {
@@ -35,6 +36,9 @@ inline log_thread & log_local() {
 inline void log_callback(ggml_log_level level, const char * text, void *) noexcept try {
     auto & shared = log_shared();
     auto & local  = log_local();
+    if (local.muted) {
+        return;
+    }
     if (level != GGML_LOG_LEVEL_CONT) {
         local.level = level;
         local.line.clear();
@@ -69,6 +73,9 @@ inline std::string log_take_errors() {
     taken.swap(log_local().errors);
     return taken;
 }
+
+// An abort that we asked for is no error, though llama.cpp logs it as one.
+inline void log_mute(bool muted) { log_local().muted = muted; }
 
 inline void log_install(log_sink sink) {
     log_shared().sink = sink;

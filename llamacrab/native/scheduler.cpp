@@ -79,6 +79,7 @@ struct scheduler::worker {
     std::vector<failure> results;  // one for each text of the pack
     worker_stats         stats;    // [mutex]
     double               decode_seconds = 0, copy_seconds = 0;  // of this pack
+    bool                 spoil = false;  // an injected fault: take its rows for NaN
     std::atomic<bool>    abort{false};
     std::thread          thread;
 
@@ -95,7 +96,11 @@ struct scheduler::worker {
     }
 
     void watch() {
-        const auto on_abort = [](void * data) { return static_cast<worker *>(data)->abort.load(); };
+        const auto on_abort = [](void * data) {
+            const bool stop = static_cast<worker *>(data)->abort;
+            log_mute(stop);
+            return stop;
+        };
         llama_set_abort_callback(context, on_abort, this);
     }
 
@@ -159,8 +164,9 @@ bool scheduler::is_closed() {
 
 bool scheduler::has_room(job & j, int64_t n_tokens) {
     std::lock_guard<std::mutex> hold(mutex);
-    if (stopping || n_waiting_tokens == 0 || n_waiting_tokens + n_tokens <= bounds.queue_tokens) {
-        return true;
+    const bool over = stopping || j.cancelled || j.first_failure.kind != failure_kind::none;
+    if (over || n_waiting_tokens == 0 || n_waiting_tokens + n_tokens <= bounds.queue_tokens) {
+        return true;  // a job that is over need not wait to hear it from admit()
     }
     if (std::find(blocked.begin(), blocked.end(), &j) == blocked.end()) {
         blocked.push_back(&j);
@@ -455,9 +461,11 @@ failure scheduler::decode(worker & w, const item * const * items, size_t n) {
     if (llama_memory_t memory = llama_get_memory(w.context)) {
         llama_memory_clear(memory, false);
     }
+    w.spoil = injected == fault_kind::not_finite;
     log_take_errors();
     const int32_t code = injected == fault_kind::decode_error ? -3 : llama_decode(w.context, batch);
     llama_synchronize(w.context);
+    log_mute(false);
     w.decode_seconds += seconds_between(started, clock::now());
     if (code == 0) {
         return failure();
@@ -483,7 +491,7 @@ failure scheduler::copy_row(worker & w, const item & i, int32_t seq_id, int32_t 
         for (int32_t e = 0; e < row_size; ++e) {
             square += double(row[e]) * row[e];
         }
-        if (!std::isfinite(square)) {
+        if (!std::isfinite(square) || w.spoil) {
             return make_failure(failure_kind::numerical, 0, "");
         }
         const float scale = i.owner->normalize && square > 0 ? float(1 / std::sqrt(square)) : 1.0f;

@@ -1,0 +1,95 @@
+"""llamacrab over a plain C++ loop over the same llama.cpp at the best settings of a full sweep.
+
+    python bench/loop.py [--rounds 7] [--quick]
+
+Both tokenize, decode and normalise the same texts; loading is left out. The loop's settings are
+searched over contexts x threads, tokens a pack and flash attention. llamacrab runs as it is tuned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import tempfile
+from pathlib import Path
+
+from alternate import compare, seconds
+from workload import WORKLOADS
+
+from llamacrab import Llama, fetch_default_model, tuning
+from llamacrab._fetch import cache_dir
+
+HERE = Path(__file__).resolve().parent
+
+
+class Loop:
+    """A running `loop`, told to compute once by each call; a call returns its seconds."""
+
+    def __init__(self, program: Path, texts: Path, *settings: int) -> None:
+        command = [program, fetch_default_model(), texts, *map(str, settings)]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def __call__(self) -> float:
+        self._process.stdin.write("go\n")
+        self._process.stdin.flush()
+        return float(self._process.stdout.readline())
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+def build(folder: Path) -> Path:
+    """Compile loop.cpp against the llama.cpp that llamacrab was built with last."""
+    builds = sorted((cache_dir() / "builds").iterdir(), key=lambda path: path.stat().st_mtime)
+    program = folder / "loop"
+    archives = [builds[-1] / f"lib{name}.a" for name in ("llama", "ggml", "ggml-cpu", "ggml-base")]
+    command = ["c++", "-O3", "-std=c++17", "-I", builds[-1] / "include", HERE / "loop.cpp"]
+    subprocess.run([*command, "-o", program, *archives, "-lpthread", "-ldl"], check=True)
+    return program
+
+
+def sweep(program: Path, texts: Path, quick: bool) -> tuple[tuple[int, ...], float]:
+    """Return the best settings of the loop and their seconds."""
+    cpus = tuning.usable_cpus()
+    packs = (128, 256) if quick else (64, 96, 128, 160, 192, 256, 320, 384, 512)
+    best = ((cpus, 1, 128, 1), float("inf"))
+    for n_contexts in {cpus, 1}:
+        for pack in packs:
+            for flash_attn in (1,) if quick else (1, 0):
+                settings = (n_contexts, cpus // n_contexts, pack, flash_attn)
+                loop = Loop(program, texts, *settings)
+                taken = min(loop() for _ in range(3))
+                loop.close()
+                if taken < best[1]:
+                    best = (settings, taken)
+    return best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="search less")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        program = build(Path(folder))
+        for name, make in WORKLOADS.items():
+            texts = [text.replace("\n", " ") for text in make()]
+            path = Path(folder) / f"{name}.txt"
+            path.write_text("\n".join(texts) + "\n", encoding="utf-8")
+            settings, _ = sweep(program, path, args.quick)
+            loop = Loop(program, path, *settings)
+            with Llama() as llama:
+                runs = {
+                    f"llamacrab {llama.layout}": lambda llama=llama, texts=texts: seconds(
+                        lambda: llama.embed_texts(texts, truncate=True, dedup=False)
+                    ),
+                    f"C++ loop {settings}": loop,
+                }
+                compare(name, len(texts), runs, args.rounds)
+            loop.close()
+
+
+if __name__ == "__main__":
+    main()

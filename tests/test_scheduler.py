@@ -1,0 +1,395 @@
+"""The scheduler: shared packs, futures, cancelling, failing and closing."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llamacrab import Llama, PoolingType
+from llamacrab.errors import (
+    AllocationError,
+    ClosedError,
+    DecodeError,
+    LlamaTimeoutError,
+    NumericalError,
+    QueueFull,
+    TextTooLongError,
+)
+from tests.support import DATA, cosines, texts
+
+LIMIT = 128
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    with Llama(DATA / "tiny-bert.gguf", n_contexts=2, n_threads=1, pack_tokens=192) as llama:
+        yield llama
+
+
+@pytest.fixture(scope="module")
+def expected(tiny):
+    """Rows computed one by one: what every way through the scheduler must give."""
+    return np.array([tiny.embed(text, truncate=True) for text in texts()])
+
+
+def test_threads_that_embed_at_once_get_their_own_rows(tiny, expected):
+    failures = []
+
+    def work(seed):
+        rng = random.Random(seed)
+        for _ in range(15):
+            chosen = [rng.randrange(len(expected)) for _ in range(rng.choice([1, 1, 3, 40, 200]))]
+            rows = tiny.embed_texts([texts()[i] for i in chosen], truncate=True)
+            if cosines(rows, expected[chosen]).min() < 0.9999:
+                failures.append(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_texts_of_many_threads_share_packs(tiny):
+    before = tiny.stats()
+    barrier = threading.Barrier(16)
+
+    def work():
+        barrier.wait()
+        for _ in range(20):
+            tiny.embed("a crab walks along the shore")
+
+    threads = [threading.Thread(target=work) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    after = tiny.stats()
+    n_texts, n_packs = (
+        sum(worker[name] for worker in after["workers"])
+        - sum(worker[name] for worker in before["workers"])
+        for name in ("texts", "packs")
+    )
+    assert n_texts == 320
+    assert n_packs < n_texts
+
+
+def test_a_stream_comes_in_order_and_reads_no_further_than_it_must(tiny, expected):
+    taken = []
+
+    def source():
+        for i, text in enumerate(texts()):
+            taken.append(i)
+            yield text
+
+    stream = tiny.embed_iter(source(), truncate=True, batch_size=8)
+    first = next(stream)
+    assert first.shape == (8, tiny.n_embd)
+    assert len(taken) <= 4 * 8
+    rows = np.concatenate([first, *stream])
+    assert cosines(rows, expected).min() > 0.9999
+
+
+def test_leaving_a_stream_early_leaves_nothing_behind(tiny):
+    stream = tiny.embed_iter(texts() * 10, truncate=True, batch_size=16)
+    next(stream)
+    stream.close()
+    assert tiny.stats()["queued_texts"] == 0
+
+
+def test_an_error_in_a_stream_says_where(tiny):
+    stream = tiny.embed_iter(["short"] * 40 + ["long " * 500], batch_size=16)
+    with pytest.raises(TextTooLongError, match="text 8 has"):
+        list(stream)
+
+
+def test_futures_resolve_to_the_rows(tiny, expected):
+    futures = [tiny.submit(text, truncate=True) for text in texts()]
+    rows = np.array([future.result(timeout=60) for future in futures])
+    assert cosines(rows, expected).min() > 0.9999
+    assert tiny.submit(texts()[:5], truncate=True).result(timeout=60).shape == (5, tiny.n_embd)
+
+
+def test_a_cancelled_future_drops_its_texts_and_disturbs_nobody(tiny, expected):
+    bulk = tiny.submit(texts()[-60:], truncate=True, dedup=False)
+    other = tiny.submit(texts()[:10], truncate=True)
+    assert bulk.cancel()
+    assert bulk.cancelled()
+    with pytest.raises(concurrent.futures.CancelledError):
+        bulk.result()
+    assert cosines(other.result(timeout=60), expected[:10]).min() > 0.9999
+    assert not other.cancel()
+
+
+def test_a_call_gives_up_at_its_timeout_and_keeps_what_it_has(tiny, expected):
+    with pytest.raises(LlamaTimeoutError) as info:
+        tiny.embed_texts(texts() * 500, truncate=True, dedup=False, timeout=0.2)
+    done = info.value.done
+    assert 0 < done.sum() < len(done)
+    again = np.tile(expected, (500, 1))[done]
+    assert cosines(info.value.rows[done], again).min() > 0.9999
+    assert tiny.stats()["queued_texts"] == 0
+
+
+def test_asyncio_awaits_many_at_once(tiny, expected):
+    async def run():
+        rows = await asyncio.gather(*[tiny.aembed(text, truncate=True) for text in texts()])
+        bulk = await tiny.aembed_texts(texts(), truncate=True)
+        return np.array(rows), bulk
+
+    for rows in asyncio.run(run()):
+        assert cosines(rows, expected).min() > 0.9999
+
+
+def test_a_cancelled_task_drops_its_texts(tiny):
+    async def run():
+        task = asyncio.create_task(tiny.aembed_texts(texts() * 5000, truncate=True, dedup=False))
+        await asyncio.sleep(0.1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        queued = tiny.stats()["queued_texts"]
+        return queued, await tiny.aembed("still there")
+
+    queued, row = asyncio.run(run())
+    assert queued == 0
+    assert row.shape == (tiny.n_embd,)
+
+
+def test_a_full_queue_makes_producers_wait_or_raises():
+    with Llama(DATA / "tiny-bert.gguf", n_contexts=1, n_threads=1, queue_tokens=256) as llama:
+        long = ["crab " * 100] * 8
+        futures = []
+
+        def fill():
+            for _ in range(1000):
+                futures.append(llama.submit(long, truncate=True, dedup=False, block=False))
+
+        with pytest.raises(QueueFull, match="tokens wait already"):
+            fill()
+        rows = llama.embed_texts(long * 20, truncate=True, dedup=False)
+        assert len(rows) == 160
+        assert all(future.result(timeout=60).shape == (8, 32) for future in futures)
+
+
+def test_a_text_that_can_never_fit_is_refused_at_admission(tiny):
+    with pytest.raises(TextTooLongError, match=r"text 1 has 500 tokens .* 128 fit") as info:
+        tiny.embed_texts(["short", [7] * 500])
+    assert (info.value.limit, info.value.index) == (LIMIT, 1)
+
+
+def test_equal_texts_are_computed_once_unless_told_otherwise(tiny, expected):
+    for dedup, n_computed in ((True, 1), (False, 200)):
+        before = sum(worker["texts"] for worker in tiny.stats()["workers"])
+        rows = tiny.embed_texts([texts()[0]] * 200, truncate=True, dedup=dedup)
+        computed = sum(worker["texts"] for worker in tiny.stats()["workers"]) - before
+        assert computed == n_computed
+        assert cosines(rows, np.tile(expected[0], (200, 1))).min() > 0.9999
+
+
+def test_equal_texts_without_pooling_each_get_their_rows():
+    with Llama(DATA / "tiny-bert.gguf", pooling_type=PoolingType.NONE) as llama:
+        rows = llama.embed_texts(["a crab", "a lobster", "a crab"])
+        assert rows[0].shape == rows[2].shape
+        assert np.array_equal(rows[0], rows[2])
+        assert not np.shares_memory(rows[0], rows[2])
+
+
+def test_deterministic_rows_are_equal_to_the_last_bit():
+    with Llama(DATA / "tiny-bert.gguf", deterministic=True) as llama:
+        alone = np.array([llama.embed(text, truncate=True) for text in texts()])
+        together = llama.embed_texts(texts()[::-1], truncate=True)[::-1]
+        assert np.array_equal(alone, together)
+
+
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [
+        ("decode_error", DecodeError),
+        ("no_memory", AllocationError),
+        ("throws", DecodeError),
+        ("not_finite", NumericalError),
+    ],
+)
+def test_a_failing_pack_fails_only_its_call_and_the_next_works(tiny, expected, kind, error):
+    tiny._scheduler._inject(kind, after=1, times=10_000)
+    try:
+        with pytest.raises(error) as info:
+            tiny.embed_texts(texts(), truncate=True, dedup=False)
+    finally:
+        tiny._scheduler._inject("none")
+    done = info.value.done
+    assert not done.all()
+    assert cosines(info.value.rows[done], expected[done]).min(initial=1) > 0.9999
+    rows = tiny.embed_texts(texts(), truncate=True)
+    assert cosines(rows, expected).min() > 0.9999
+
+
+def test_a_pack_that_fails_once_is_tried_again_text_by_text(tiny, expected):
+    tiny._scheduler._inject("decode_error", after=1, times=1)
+    rows = tiny.embed_texts(texts()[:80], truncate=True, dedup=False)
+    assert cosines(rows, expected[:80]).min() > 0.9999
+
+
+def test_only_the_future_whose_pack_fails_is_lost(tiny, expected):
+    tiny._scheduler._inject("throws", after=0, times=1)
+    futures = [tiny.submit(text, truncate=True) for text in texts()]
+    outcomes = Counter(type(future.exception(timeout=60)).__name__ for future in futures)
+    assert 1 <= outcomes.pop("DecodeError") < len(futures)
+    assert set(outcomes) == {"NoneType"}
+    for future, row in zip(futures, expected, strict=True):
+        if future.exception() is None:
+            assert float(future.result() @ row) > 0.9999
+
+
+def test_close_ends_running_calls_at_once():
+    llama = Llama(DATA / "tiny-bert.gguf")
+    closer = threading.Timer(0.2, llama.close)
+    closer.start()
+    with pytest.raises(ClosedError):
+        llama.embed_texts(texts() * 5000, truncate=True, dedup=False)
+    closer.join()
+    with pytest.raises(ClosedError):
+        llama.embed("too late")
+
+
+def test_close_fails_what_waits_in_futures():
+    llama = Llama(DATA / "tiny-bert.gguf", queue_tokens=1 << 24)
+    futures = [llama.submit(texts() * 20, truncate=True, dedup=False) for _ in range(20)]
+    llama.close()
+    outcomes = {type(future.exception(timeout=60)) for future in futures}
+    assert ClosedError in outcomes
+    assert outcomes <= {ClosedError, type(None)}
+
+
+def test_a_llama_that_is_dropped_stops_its_workers():
+    before = threading.active_count()
+    for _ in range(5):
+        Llama(DATA / "tiny-bert.gguf").submit("a crab").result(timeout=60)
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
+
+
+def run_python(code: str, **keywords) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), str(DATA / "tiny-bert.gguf")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        **keywords,
+    )
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_child_gets_a_clear_error_and_exits():
+    run = run_python(
+        """
+        import os, sys
+        from llamacrab import Llama
+        from llamacrab.errors import ForkError
+        llama = Llama(sys.argv[1])
+        llama.embed("parent")
+        if os.fork() == 0:
+            try:
+                llama.embed("child")
+            except ForkError as error:
+                print(error, flush=True)
+            sys.exit(0)
+        _, status = os.wait()
+        print(status, llama.embed("parent").shape)
+        """
+    )
+    assert run.returncode == 0, run.stderr
+    assert "make a new one after the fork" in run.stdout
+    assert "0 (32,)" in run.stdout
+
+
+def test_an_interpreter_that_ends_with_work_queued_ends_quietly():
+    run = run_python(
+        """
+        import sys
+        from llamacrab import Llama
+        llama = Llama(sys.argv[1], queue_tokens=1 << 24)
+        future = llama.submit([f"text {i}" for i in range(50_000)])
+        """
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+def test_ctrl_c_stops_a_call():
+    code = """
+        import sys
+        from llamacrab import Llama
+        llama = Llama(sys.argv[1])
+        print("ready", flush=True)
+        try:
+            llama.embed_texts((f"text {i}" for i in range(5_000_000)))
+        except KeyboardInterrupt:
+            print("interrupted", llama.embed("still there").shape)
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), str(DATA / "tiny-bert.gguf")],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(4)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert out == "interrupted (32,)\n"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, LIMIT), max_size=80),
+    pack_tokens=st.integers(1, 300),
+    n_seq_max=st.integers(1, 40),
+)
+def test_packs_keep_their_bounds_and_every_text_is_computed_once(lengths, pack_tokens, n_seq_max):
+    with Llama(
+        DATA / "tiny-bert.gguf", n_contexts=2, pack_tokens=pack_tokens, n_seq_max=n_seq_max
+    ) as llama:
+        rows = llama.embed_texts([[7 + n % 50] * n for n in lengths], dedup=False)
+        packs = llama.recent_packs()
+        budget = llama._scheduler.pack_tokens
+    assert np.isfinite(rows).all()
+    assert packs["n_texts"].sum() == len(lengths)
+    assert packs["n_tokens"].sum() == sum(lengths)
+    assert (packs["n_texts"] <= n_seq_max).all()
+    assert ((packs["n_tokens"] <= budget) | (packs["n_texts"] == 1)).all()
+
+
+def test_the_end_of_a_job_is_shared_out_among_workers():
+    with Llama(DATA / "tiny-bert.gguf", n_contexts=2, n_threads=1, pack_tokens=192) as llama:
+        # 192 tokens are one pack's worth, but two workers take half of what waits, each in turn.
+        llama.embed_texts([[7 + i] * 16 for i in range(12)], dedup=False)
+        packs = llama.recent_packs()
+    assert packs["n_tokens"].sum() == 192
+    assert packs["n_tokens"].max() == 96
+
+
+def test_stats_count_what_was_done(tiny):
+    stats = tiny.stats()
+    assert set(stats) == {"queued_texts", "queued_tokens", "tokenize_seconds", "workers"}
+    assert len(stats["workers"]) == 2
+    for worker in stats["workers"]:
+        assert worker["tokens"] >= worker["texts"] >= worker["packs"] > 0
+        assert worker["decode_seconds"] > 0
