@@ -168,6 +168,10 @@ cdef extern from "ggml.h" nogil:
         GGML_LOG_LEVEL_WARN
         GGML_LOG_LEVEL_ERROR
 
+    enum ggml_type:
+        GGML_TYPE_I8
+        GGML_TYPE_F64
+
     enum: GGML_MAX_N_THREADS
 
 
@@ -195,7 +199,22 @@ cdef extern from "gguf.h" nogil:
     ctypedef struct gguf_init_params:
         cbool no_alloc
 
+    enum gguf_type:
+        GGUF_TYPE_UINT32
+        GGUF_TYPE_FLOAT32
+        GGUF_TYPE_STRING
+        GGUF_TYPE_ARRAY
+
     gguf_context *gguf_init_from_file(const char *fname, gguf_init_params params) except +
     void gguf_free(gguf_context *ctx)
     int64_t gguf_get_n_tensors(const gguf_context *ctx)
     const char *gguf_get_tensor_name(const gguf_context *ctx, int64_t tensor_id)
+    ggml_type gguf_get_tensor_type(const gguf_context *ctx, int64_t tensor_id)
+    int64_t gguf_find_key(const gguf_context *ctx, const char *key)
+    gguf_type gguf_get_kv_type(const gguf_context *ctx, int64_t key_id)
+    gguf_type gguf_get_arr_type(const gguf_context *ctx, int64_t key_id)
+    uint32_t gguf_get_val_u32(const gguf_context *ctx, int64_t key_id)
+    float gguf_get_val_f32(const gguf_context *ctx, int64_t key_id)
+    const char *gguf_get_val_str(const gguf_context *ctx, int64_t key_id)
+    size_t gguf_get_arr_n(const gguf_context *ctx, int64_t key_id)
+    const char *gguf_get_arr_str(const gguf_context *ctx, int64_t key_id, size_t i)

@@ -272,6 +272,8 @@ cdef frozenset _read_header(str path):
     if header == NULL:
         raise ModelCorruptError(f"the header of {path} is damaged: {_native_errors()}")
     try:
+        if (fault := _fault_in(header)) is not None:
+            raise ModelCorruptError(f"the header of {path} is damaged: {fault}")
         names = {
             c.gguf_get_tensor_name(header, i).decode("utf-8", "replace")
             for i in range(c.gguf_get_n_tensors(header))
@@ -279,6 +281,39 @@ cdef frozenset _read_header(str path):
     finally:
         c.gguf_free(header)
     return frozenset(names & {"cls.weight", "cls.output.weight", "position_embd.weight"})
+
+
+cdef object _fault_in(const c.gguf_context *header):
+    """Return what is wrong in a header that llama.cpp would assert on or crash with, or None."""
+    cdef int64_t i, key = c.gguf_find_key(header, b"general.architecture")
+    cdef bytes arch = b""
+    if key >= 0 and c.gguf_get_kv_type(header, key) == c.GGUF_TYPE_STRING:
+        arch = c.gguf_get_val_str(header, key)
+    key = c.gguf_find_key(header, arch + b".block_count")
+    if key >= 0 and c.gguf_get_kv_type(header, key) == c.GGUF_TYPE_UINT32:
+        n_layers = c.gguf_get_val_u32(header, key)
+        if not 1 <= n_layers <= 512:  # LLAMA_MAX_LAYERS
+            return f"it says that the model has {n_layers} layers"
+    for name in (b"layer_norm_epsilon", b"layer_norm_rms_epsilon"):
+        key = c.gguf_find_key(header, arch + b".attention." + name)
+        if key >= 0 and c.gguf_get_kv_type(header, key) == c.GGUF_TYPE_FLOAT32:
+            epsilon = c.gguf_get_val_f32(header, key)
+            if not epsilon >= 0:
+                return f"{name.decode()} is {epsilon}"
+    key = c.gguf_find_key(header, b"tokenizer.ggml.tokens")
+    if (key >= 0 and c.gguf_get_kv_type(header, key) == c.GGUF_TYPE_ARRAY
+            and c.gguf_get_arr_type(header, key) == c.GGUF_TYPE_STRING):
+        seen = set()
+        for i in range(c.gguf_get_arr_n(header, key)):
+            token = <bytes>c.gguf_get_arr_str(header, key, i)
+            if token and token in seen:
+                return f"the vocabulary holds the token {token.decode('utf-8', 'replace')!r} twice"
+            seen.add(token)
+    for i in range(c.gguf_get_n_tensors(header)):
+        if c.GGML_TYPE_I8 <= <int>c.gguf_get_tensor_type(header, i) <= c.GGML_TYPE_F64:
+            name = c.gguf_get_tensor_name(header, i).decode("utf-8", "replace")
+            return f"the tensor {name} holds integers or doubles, which llama.cpp does not multiply"
+    return None
 
 
 cdef object _load_error(str path, str reason):

@@ -33,7 +33,7 @@ cdef extern from "native/encoding.hpp" namespace "llamacrab" nogil:
         too_long
         no_room
         empty
-        uncountable
+        unsplittable
 
     cppclass encoding:
         const llama_vocab *vocab

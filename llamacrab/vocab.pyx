@@ -14,6 +14,12 @@ class VocabType(enum.IntEnum):
     TEST = 7
 
 
+UNSPLITTABLE = (
+    "llama.cpp cannot split this text: it has more tokens than can be counted, or bytes for which "
+    "this vocabulary has no token"
+)
+
+
 cdef bytes _utf8(str text):
     """Encode `text`; a lone surrogate, which UTF-8 cannot hold, becomes U+FFFD."""
     try:
@@ -130,14 +136,14 @@ cdef class Vocab:
         cdef bytes data = _utf8(text)
         cdef native.string_view view = native.string_view(data, len(data))
         cdef native.token_vector ids
-        cdef cbool countable
+        cdef cbool done
         if add_special:
             for token in self.prefix:
                 ids.push_back(token)
         with nogil:
-            countable = native.tokenize(self._ptr, view, parse_special, self._decompose, ids)
-        if not countable:
-            raise InputError("the text has more tokens than llama.cpp can count")
+            done = native.tokenize(self._ptr, view, parse_special, self._decompose, ids)
+        if not done:
+            raise InputError(UNSPLITTABLE)
         if add_special:
             for token in self.suffix:
                 ids.push_back(token)

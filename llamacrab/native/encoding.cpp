@@ -1,6 +1,9 @@
 #include "encoding.hpp"
 
+#include <algorithm>
 #include <climits>
+#include <exception>
+#include <new>
 
 namespace llamacrab {
 
@@ -38,18 +41,40 @@ std::string decompose_hangul(std::string_view text) {
     return out;
 }
 
-bool tokenize(const llama_vocab * vocab, std::string_view text, bool parse_special, bool decompose,
-              token_vector & out) {
-    std::string decomposed;
-    if (decompose) {
-        for (const char c : text) {
-            if (uint8_t(c) >= 0xEA && uint8_t(c) <= 0xED) {
-                decomposed = decompose_hangul(text);
-                text       = decomposed;
-                break;
-            }
-        }
+namespace {
+
+// One character of UTF-8 text that is known to be sound.
+struct character {
+    uint32_t code;
+    size_t   size;
+};
+
+character character_at(std::string_view text, size_t at) {
+    const uint8_t first = uint8_t(text[at]);
+    const size_t  size  = first < 0xC0 ? 1 : first < 0xE0 ? 2 : first < 0xF0 ? 3 : 4;
+    uint32_t      code  = size == 1 ? first : first & (0x7F >> size);
+    for (size_t k = 1; k < size && at + k < text.size(); ++k) {
+        code = code << 6 | (uint8_t(text[at + k]) & 0x3F);
     }
+    return {code, size};
+}
+
+bool is_space(uint32_t code) {
+    return code == ' ' || (code >= '\t' && code <= '\r') || code == 0x85 || code == 0xA0 || code == 0x1680 ||
+           (code >= 0x2000 && code <= 0x200A) || code == 0x2028 || code == 0x2029 || code == 0x202F ||
+           code == 0x205F || code == 0x3000;
+}
+
+// Punctuation of ASCII, but for the apostrophe inside a word, and of Chinese and Japanese.
+bool is_mark(uint32_t code) {
+    const bool ascii = (code > ' ' && code < '0') || (code > '9' && code < 'A') || (code > 'Z' && code < 'a') ||
+                       (code > 'z' && code < 0x7F);
+    return (ascii && code != '\'') || (code >= 0x3001 && code <= 0x3011) || (code >= 0xFF01 && code <= 0xFF0F) ||
+           (code >= 0xFF1A && code <= 0xFF20);
+}
+
+// Split `text` by llama.cpp and append its ids.
+bool split(const llama_vocab * vocab, std::string_view text, bool parse_special, token_vector & out) {
     const size_t before = out.size();
     // A token a byte is room enough, but for normalisation that lengthens the text.
     int32_t room = int32_t(text.size()) + 8;
@@ -66,8 +91,123 @@ bool tokenize(const llama_vocab * vocab, std::string_view text, bool parse_speci
         }
         room = -n;
     }
-    out.resize(before);
     return false;
+}
+
+// Most BPE vocabularies split by std::regex, which recurses once a character: 25,000 letters, spaces
+// or signs in a row overflow a stack of 8 MiB and end the process. So a stretch of text without a
+// change between whitespace and the rest is cut into pieces of at most 4,096 characters: where a
+// letter meets punctuation, as these vocabularies split there themselves, or else anywhere.
+bool split_bpe(const llama_vocab * vocab, std::string_view text, bool parse_special, token_vector & out) {
+    constexpr int longest = 4096;
+    size_t   start = 0, seam = 0;  // of the piece; of its last good place for a cut
+    int      n = 0;                // characters of the stretch, in this piece
+    uint32_t previous = ' ';
+    for (size_t i = 0; i < text.size();) {
+        const auto [code, size] = character_at(text, i);
+        if (is_space(code) != is_space(previous)) {
+            n    = 0;
+            seam = 0;
+        } else if (n > longest / 2 && is_mark(code) && !is_mark(previous)) {
+            seam = i;
+        }
+        if (n == longest) {
+            const size_t cut = seam ? seam : i;
+            if (!split(vocab, text.substr(start, cut - start), parse_special, out)) {
+                return false;
+            }
+            start = i = cut;
+            seam      = 0;
+            n         = 0;
+            previous  = code;
+            continue;
+        }
+        previous = code;
+        n += 1;
+        i += size;
+    }
+    return split(vocab, text.substr(start), parse_special, out);
+}
+
+// SPM vocabularies copy all tokens so far for every character that they spell in bytes: 10 MB of line
+// breaks took half an hour. So a long text is cut before characters that no token holds: no token can
+// lie across such a place, and the ids are the same.
+bool split_spm(const llama_vocab * vocab, std::string_view text, token_vector & out) {
+    constexpr size_t  least = 4096;
+    std::vector<bool> known(0x110000);
+    known[' '] = true;
+    for (llama_token token = 0; token < llama_vocab_n_tokens(vocab); ++token) {
+        if (!(llama_vocab_get_attr(vocab, token) & LLAMA_TOKEN_ATTR_BYTE)) {
+            const std::string_view spelled = llama_vocab_get_text(vocab, token);
+            for (size_t i = 0; i < spelled.size();) {
+                const auto [code, size] = character_at(spelled, i);
+                known[std::min<size_t>(code, 0x10FFFF)] = true;
+                i += size;
+            }
+        }
+    }
+    token_vector piece;
+    size_t       n_extra = 0;
+    for (size_t start = 0; start < text.size();) {
+        size_t stop = start + character_at(text, start).size, size = 0;
+        while (stop < text.size()) {
+            const auto [code, bytes] = character_at(text, stop);
+            if (stop - start >= least && !known[code]) {
+                size = bytes;
+                break;
+            }
+            stop += bytes;
+        }
+        piece.clear();
+        if (!split(vocab, text.substr(start, stop - start), false, piece)) {
+            return false;
+        }
+        out.insert(out.end(), piece.begin() + ptrdiff_t(n_extra), piece.end());
+        if (size) {
+            // A piece begins as a text does, with a space that is not there: away with its tokens.
+            piece.clear();
+            split(vocab, text.substr(stop, size), false, piece);
+            n_extra = piece.size() - size;
+        }
+        start = stop;
+    }
+    return true;
+}
+
+}  // namespace
+
+bool tokenize(const llama_vocab * vocab, std::string_view text, bool parse_special, bool decompose,
+              token_vector & out) {
+    std::string decomposed;
+    if (decompose) {
+        for (const char c : text) {
+            if (uint8_t(c) >= 0xEA && uint8_t(c) <= 0xED) {
+                decomposed = decompose_hangul(text);
+                text       = decomposed;
+                break;
+            }
+        }
+    }
+    const size_t before = out.size();
+    bool         ok     = false;
+    try {
+        const auto type = llama_vocab_type(vocab);
+        if (type == LLAMA_VOCAB_TYPE_BPE) {
+            ok = split_bpe(vocab, text, parse_special, out);
+        } else if (type == LLAMA_VOCAB_TYPE_SPM && text.size() > 65536 && !parse_special) {
+            ok = split_spm(vocab, text, out);
+        } else {
+            ok = split(vocab, text, parse_special, out);
+        }
+    } catch (const std::bad_alloc &) {
+        throw;
+    } catch (const std::exception &) {
+        // A vocabulary that lacks the tokens of single bytes, for example.
+    }
+    if (!ok) {
+        out.resize(before);
+    }
+    return ok;
 }
 
 encode_status encoding::encode(std::string_view text, token_vector & out, int64_t & n_tokens) const {
@@ -85,10 +225,10 @@ encode_status encoding::encode(std::string_view text, token_vector & out, int64_
     const size_t content = out.size();
     if (lead.empty() && trail.empty()) {
         if (!split(text)) {
-            return fail(encode_status::uncountable);
+            return fail(encode_status::unsplittable);
         }
     } else if (!split(lead + std::string(text) + trail)) {
-        return fail(encode_status::uncountable);
+        return fail(encode_status::unsplittable);
     }
     n_tokens = int64_t(out.size() - before + suffix.size());
     if (n_tokens == 0) {
@@ -102,7 +242,7 @@ encode_status encoding::encode(std::string_view text, token_vector & out, int64_
         size_t       n_lead = 0;
         if (!lead.empty() || !trail.empty()) {
             if (!tokenize(vocab, trail, parse_special, decompose, closing)) {
-                return fail(encode_status::uncountable);
+                return fail(encode_status::unsplittable);
             }
             out.resize(content);
             split(lead);

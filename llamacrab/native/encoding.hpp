@@ -17,12 +17,12 @@ using token_vector = std::vector<llama_token>;
 // (The Unicode Standard, 3.12 "Conjoining Jamo Behavior").
 std::string decompose_hangul(std::string_view text);
 
-// Split `text` and append its ids to `out`, without special tokens.
-// Returns false where llama.cpp cannot count the tokens.
+// Split `text` and append its ids to `out`, without special tokens. Returns false where llama.cpp
+// cannot: more tokens than it can count, or bytes for which the vocabulary has no token.
 bool tokenize(const llama_vocab * vocab, std::string_view text, bool parse_special, bool decompose,
               token_vector & out);
 
-enum class encode_status { ok, too_long, no_room, empty, uncountable };
+enum class encode_status { ok, too_long, no_room, empty, unsplittable };
 
 // How a text becomes ids: prefix, the tokens of lead + text + trail, suffix. Lead and trail are what
 // touches a document in a reranker's template: they are split into tokens together with it, and are
