@@ -43,8 +43,8 @@ def convert(
         The GGUF to write. It appears whole or not at all.
     outtype : {"bf16", "f16", "f32", "q8_0"}
         Type of the matrices; vectors, positions and token types stay float32, as in llama.cpp's
-        converter. Least cosine to the float32 model on all-MiniLM-L6-v2: 0.99998 for bf16,
-        0.999998 for f32, 0.999 for q8_0.
+        converter. Least cosine to sentence-transformers on the 200 texts of
+        the tests, all-MiniLM-L6-v2: 0.99995 for bf16, 0.999995 for f32, 0.9975 for q8_0.
 
     Returns
     -------

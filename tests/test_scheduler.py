@@ -16,6 +16,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from helpers import DATA, TEXTS, cosines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,7 +30,6 @@ from llamacrab.errors import (
     QueueFull,
     TextTooLongError,
 )
-from tests.support import DATA, cosines, texts
 
 LIMIT = 128
 
@@ -43,7 +43,7 @@ def tiny():
 @pytest.fixture(scope="module")
 def expected(tiny):
     """Rows computed one by one: what every way through the scheduler must give."""
-    return np.array([tiny.embed(text, truncate=True) for text in texts()])
+    return np.array([tiny.embed(text, truncate=True) for text in TEXTS])
 
 
 def test_threads_that_embed_at_once_get_their_own_rows(tiny, expected):
@@ -53,7 +53,7 @@ def test_threads_that_embed_at_once_get_their_own_rows(tiny, expected):
         rng = random.Random(seed)
         for _ in range(15):
             chosen = [rng.randrange(len(expected)) for _ in range(rng.choice([1, 1, 3, 40, 200]))]
-            rows = tiny.embed_texts([texts()[i] for i in chosen], truncate=True)
+            rows = tiny.embed_texts([TEXTS[i] for i in chosen], truncate=True)
             if cosines(rows, expected[chosen]).min() < 0.9999:
                 failures.append(seed)
 
@@ -93,7 +93,7 @@ def test_a_stream_comes_in_order_and_reads_no_further_than_it_must(tiny, expecte
     taken = []
 
     def source():
-        for i, text in enumerate(texts()):
+        for i, text in enumerate(TEXTS):
             taken.append(i)
             yield text
 
@@ -106,7 +106,7 @@ def test_a_stream_comes_in_order_and_reads_no_further_than_it_must(tiny, expecte
 
 
 def test_leaving_a_stream_early_leaves_nothing_behind(tiny):
-    stream = tiny.embed_iter(texts() * 10, truncate=True, batch_size=16)
+    stream = tiny.embed_iter(TEXTS * 10, truncate=True, batch_size=16)
     next(stream)
     stream.close()
     assert tiny.stats()["queued_texts"] == 0
@@ -119,15 +119,15 @@ def test_an_error_in_a_stream_says_where(tiny):
 
 
 def test_futures_resolve_to_the_rows(tiny, expected):
-    futures = [tiny.submit(text, truncate=True) for text in texts()]
+    futures = [tiny.submit(text, truncate=True) for text in TEXTS]
     rows = np.array([future.result(timeout=60) for future in futures])
     assert cosines(rows, expected).min() > 0.9999
-    assert tiny.submit(texts()[:5], truncate=True).result(timeout=60).shape == (5, tiny.n_embd)
+    assert tiny.submit(TEXTS[:5], truncate=True).result(timeout=60).shape == (5, tiny.n_embd)
 
 
 def test_a_cancelled_future_drops_its_texts_and_disturbs_nobody(tiny, expected):
-    bulk = tiny.submit(texts()[-60:], truncate=True, dedup=False)
-    other = tiny.submit(texts()[:10], truncate=True)
+    bulk = tiny.submit(TEXTS[-60:], truncate=True, dedup=False)
+    other = tiny.submit(TEXTS[:10], truncate=True)
     assert bulk.cancel()
     assert bulk.cancelled()
     with pytest.raises(concurrent.futures.CancelledError):
@@ -138,7 +138,7 @@ def test_a_cancelled_future_drops_its_texts_and_disturbs_nobody(tiny, expected):
 
 def test_a_call_gives_up_at_its_timeout_and_keeps_what_it_has(tiny, expected):
     with pytest.raises(LlamaTimeoutError) as info:
-        tiny.embed_texts(texts() * 500, truncate=True, dedup=False, timeout=0.2)
+        tiny.embed_texts(TEXTS * 500, truncate=True, dedup=False, timeout=0.2)
     done = info.value.done
     assert 0 < done.sum() < len(done)
     again = np.tile(expected, (500, 1))[done]
@@ -148,8 +148,8 @@ def test_a_call_gives_up_at_its_timeout_and_keeps_what_it_has(tiny, expected):
 
 def test_asyncio_awaits_many_at_once(tiny, expected):
     async def run():
-        rows = await asyncio.gather(*[tiny.aembed(text, truncate=True) for text in texts()])
-        bulk = await tiny.aembed_texts(texts(), truncate=True)
+        rows = await asyncio.gather(*[tiny.aembed(text, truncate=True) for text in TEXTS])
+        bulk = await tiny.aembed_texts(TEXTS, truncate=True)
         return np.array(rows), bulk
 
     for rows in asyncio.run(run()):
@@ -158,7 +158,7 @@ def test_asyncio_awaits_many_at_once(tiny, expected):
 
 def test_a_cancelled_task_drops_its_texts(tiny):
     async def run():
-        task = asyncio.create_task(tiny.aembed_texts(texts() * 5000, truncate=True, dedup=False))
+        task = asyncio.create_task(tiny.aembed_texts(TEXTS * 5000, truncate=True, dedup=False))
         await asyncio.sleep(0.1)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -196,7 +196,7 @@ def test_a_text_that_can_never_fit_is_refused_at_admission(tiny):
 def test_equal_texts_are_computed_once_unless_told_otherwise(tiny, expected):
     for dedup, n_computed in ((True, 1), (False, 200)):
         before = sum(worker["texts"] for worker in tiny.stats()["workers"])
-        rows = tiny.embed_texts([texts()[0]] * 200, truncate=True, dedup=dedup)
+        rows = tiny.embed_texts([TEXTS[0]] * 200, truncate=True, dedup=dedup)
         computed = sum(worker["texts"] for worker in tiny.stats()["workers"]) - before
         assert computed == n_computed
         assert cosines(rows, np.tile(expected[0], (200, 1))).min() > 0.9999
@@ -212,8 +212,8 @@ def test_equal_texts_without_pooling_each_get_their_rows():
 
 def test_deterministic_rows_are_equal_to_the_last_bit():
     with Llama(DATA / "tiny-bert.gguf", deterministic=True) as llama:
-        alone = np.array([llama.embed(text, truncate=True) for text in texts()])
-        together = llama.embed_texts(texts()[::-1], truncate=True)[::-1]
+        alone = np.array([llama.embed(text, truncate=True) for text in TEXTS])
+        together = llama.embed_texts(TEXTS[::-1], truncate=True)[::-1]
         assert np.array_equal(alone, together)
 
 
@@ -230,25 +230,25 @@ def test_a_failing_pack_fails_only_its_call_and_the_next_works(tiny, expected, k
     tiny._scheduler._inject(kind, after=1, times=10_000)
     try:
         with pytest.raises(error) as info:
-            tiny.embed_texts(texts(), truncate=True, dedup=False)
+            tiny.embed_texts(TEXTS, truncate=True, dedup=False)
     finally:
         tiny._scheduler._inject("none")
     done = info.value.done
     assert not done.all()
     assert cosines(info.value.rows[done], expected[done]).min(initial=1) > 0.9999
-    rows = tiny.embed_texts(texts(), truncate=True)
+    rows = tiny.embed_texts(TEXTS, truncate=True)
     assert cosines(rows, expected).min() > 0.9999
 
 
 def test_a_pack_that_fails_once_is_tried_again_text_by_text(tiny, expected):
     tiny._scheduler._inject("decode_error", after=1, times=1)
-    rows = tiny.embed_texts(texts()[:80], truncate=True, dedup=False)
+    rows = tiny.embed_texts(TEXTS[:80], truncate=True, dedup=False)
     assert cosines(rows, expected[:80]).min() > 0.9999
 
 
 def test_only_the_future_whose_pack_fails_is_lost(tiny, expected):
     tiny._scheduler._inject("throws", after=0, times=1)
-    futures = [tiny.submit(text, truncate=True) for text in texts()]
+    futures = [tiny.submit(text, truncate=True) for text in TEXTS]
     outcomes = Counter(type(future.exception(timeout=60)).__name__ for future in futures)
     assert 1 <= outcomes.pop("DecodeError") < len(futures)
     assert set(outcomes) == {"NoneType"}
@@ -262,7 +262,7 @@ def test_close_ends_running_calls_at_once():
     closer = threading.Timer(0.2, llama.close)
     closer.start()
     with pytest.raises(ClosedError):
-        llama.embed_texts(texts() * 5000, truncate=True, dedup=False)
+        llama.embed_texts(TEXTS * 5000, truncate=True, dedup=False)
     closer.join()
     with pytest.raises(ClosedError):
         llama.embed("too late")
@@ -270,7 +270,7 @@ def test_close_ends_running_calls_at_once():
 
 def test_close_fails_what_waits_in_futures():
     llama = Llama(DATA / "tiny-bert.gguf", queue_tokens=1 << 24)
-    futures = [llama.submit(texts() * 20, truncate=True, dedup=False) for _ in range(20)]
+    futures = [llama.submit(TEXTS * 20, truncate=True, dedup=False) for _ in range(20)]
     llama.close()
     outcomes = {type(future.exception(timeout=60)) for future in futures}
     assert ClosedError in outcomes

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from helpers import DATA, TEXTS
 
 from llamacrab import Llama, Model, tuning
 from llamacrab.tuning import Layout
-from tests.support import DATA, texts
 
 PATH = DATA / "tiny-bert.gguf"
 
@@ -88,7 +88,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("way", ["embed_texts", "embed_iter"])
 def test_a_large_job_finds_and_remembers_its_pack_and_computes_nothing_else(way):
-    many = texts() * 250
+    many = TEXTS * 250
     with Llama(PATH, n_contexts=2, n_threads=1) as llama:
         if way == "embed_texts":
             llama.embed_texts(many, truncate=True, dedup=False)
@@ -106,7 +106,7 @@ def test_a_large_job_finds_and_remembers_its_pack_and_computes_nothing_else(way)
 def test_a_small_job_measures_nothing():
     with Llama(PATH) as llama:
         before = llama._scheduler.pack_tokens
-        llama.embed_texts(texts(), truncate=True)
+        llama.embed_texts(TEXTS, truncate=True)
         assert llama._scheduler.pack_tokens == before
         assert tuning.remembered(llama.model, False) is None
 

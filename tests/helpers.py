@@ -1,0 +1,98 @@
+"""What the tests share: golden data, other processes, and GGUF files with something changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+DATA = Path(__file__).resolve().parent / "data"
+TEXTS = [
+    json.loads(line)["text"]
+    for line in (DATA / "texts.jsonl").read_text(encoding="utf-8").splitlines()
+]
+PAIRS = json.loads((DATA / "pairs.json").read_text(encoding="utf-8"))
+EMBEDDERS = ("tiny-bert", "tiny-xlmr", "tiny-qwen3", "tiny-llama")
+RERANKERS = ("tiny-bert-rank", "tiny-xlmr-rank", "tiny-qwen3-rank")
+
+
+def gguf_path(name: str) -> Path:
+    """Return the path of a tiny model."""
+    return DATA / f"{name}.gguf"
+
+
+def golden(name: str) -> dict[str, np.ndarray]:
+    """Return what the oracle gave for a model: arrays by name."""
+    with np.load(DATA / f"{name}.npz") as arrays:
+        return dict(arrays)
+
+
+def ragged(arrays: dict[str, np.ndarray], values: str = "ids", places: str = "offsets"):
+    """Return a list of arrays, one for each text."""
+    return np.split(arrays[values], arrays[places][1:-1])
+
+
+def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return the cosine of each row of `a` with the same row of `b`."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return (a * b).sum(-1) / (np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1))
+
+
+def python(
+    code: str, *args: object, timeout: float = 120, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a process of its own and return what came of it, also if it died."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        timeout=timeout,
+        check=False,
+        # gdb would write a backtrace of the whole interpreter.
+        env={**os.environ, "GGML_NO_BACKTRACE": "1", "PYTHONUTF8": "1", **env},
+    )
+
+
+def check_python(code: str, *args: object, timeout: float = 120, **env: str) -> str:
+    """Run `code` in a process of its own that must end well, and return what it printed."""
+    done = python(code, *args, timeout=timeout, **env)
+    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def rewrite_gguf(
+    source: Path,
+    destination: Path,
+    fields: dict[str, tuple[object, gguf.GGUFValueType]] | None = None,
+    drop: tuple[str, ...] = (),
+    tensors: dict[str, np.ndarray] | None = None,
+) -> Path:
+    """Copy a GGUF with fields set, and fields or tensors left out or replaced."""
+    fields, tensors = fields or {}, tensors or {}
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(destination, reader.fields["general.architecture"].contents())
+    for name, field in reader.fields.items():
+        if name.startswith(("GGUF.", "general.architecture")) or name in {*drop, *fields}:
+            continue
+        element = field.types[-1] if len(field.types) > 1 else None
+        writer.add_key_value(name, field.contents(), field.types[0], sub_type=element)
+    for name, (value, kind) in fields.items():
+        element = gguf.GGUFValueType.STRING if kind == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(name, value, kind, sub_type=element)
+    for tensor in reader.tensors:
+        if tensor.name in tensors:
+            writer.add_tensor(tensor.name, tensors[tensor.name])
+        elif tensor.name not in drop:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return destination
