@@ -170,7 +170,7 @@ class Llama:
         # Explicit sizes are kept; so is what has been measured before.
         may_tune = not (given.pack_tokens or deterministic)
         self._calibration = (
-            tuning.Calibration(self._scheduler, self._keep_pack)
+            tuning.Calibration(self._scheduler)
             if may_tune and tuning.remembered(self.model, self._on_gpu) is None
             else None
         )
@@ -532,11 +532,6 @@ class Llama:
         """Return the last packs, up to 4096: a structured array of n_texts, n_tokens, seconds."""
         return self._scheduler.recent_packs()
 
-    def _keep_pack(self, pack_tokens: int) -> None:
-        self._calibration = None
-        self.layout = replace(self.layout, pack_tokens=pack_tokens)
-        tuning.remember(self.model, self._on_gpu, self.layout)
-
     def _tune(self, n_done: int, *, over: bool = False) -> None:
         """Let a job that goes on for long find the best size of a pack on its way."""
         calibration = self._calibration
@@ -544,8 +539,10 @@ class Llama:
             return
         if over:
             self._scheduler.pack_tokens = self.layout.pack_tokens
-        elif n_done >= CALIBRATION_TEXTS:
-            calibration.step()
+        elif n_done >= CALIBRATION_TEXTS and (found := calibration.step()):
+            self._calibration = None
+            self.layout = replace(self.layout, pack_tokens=found)
+            tuning.remember(self.model, self._on_gpu, self.layout)
 
     def _embed_job(self, n_texts: int, how: EmbedOptions, *, dedup: bool = True) -> Job:
         if self.pooling_type == PoolingType.RANK:

@@ -114,6 +114,8 @@ cdef class Scheduler:
             handle.ptr.close()
         if self._notifier is not None and self._notifier is not threading.current_thread():
             self._notifier.join()
+        for context in handle.contexts:
+            context.close()
 
     @property
     def closed(self):

@@ -262,34 +262,30 @@ class Calibration:
     ----------
     scheduler : Scheduler
         Whose packs to vary.
-    finish : callable
-        Called once with the pack that was found, in tokens.
     """
 
     PACKS_EACH = 8
 
-    def __init__(self, scheduler: Scheduler, finish: Callable[[int], None]) -> None:
+    def __init__(self, scheduler: Scheduler) -> None:
         most = scheduler.context.n_ubatch
         sizes = PACKS_GPU if most > PACKS_CPU[-1] else PACKS_CPU
         self._scheduler = scheduler
-        self._finish = finish
         self._most = most
         self._left = [size for size in sizes if size <= most] * 2
         self._seen = self._n_packs()
 
-    def step(self) -> bool:
-        """Go on to the next size once this one has had its packs; return whether all is done."""
+    def step(self) -> int | None:
+        """Go on to the next size once this one has had its packs; return the best at the end."""
         if self._n_packs() < self._seen + self.PACKS_EACH * self._scheduler.n_contexts:
-            return False
+            return None
         self._seen = self._n_packs()
         if self._left:
             self._scheduler.pack_tokens = self._left.pop()
-            return False
+            return None
         packs = self._scheduler.recent_packs()
         found = best_pack(*fit(packs[packs["n_tokens"] > 0]), most=self._most)
         self._scheduler.pack_tokens = found
-        self._finish(found)
-        return True
+        return found
 
     def _n_packs(self) -> int:
         return sum(worker["packs"] for worker in self._scheduler.stats()["workers"])

@@ -1,0 +1,199 @@
+"""What cannot be done raises the exception that a reader expects, with the numbers in it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from helpers import EMBEDDERS, RERANKERS, TEXTS, check_python, gguf_path
+
+from llamacrab import Batch, Context, Llama, LlamaError, Model, PoolingType, errors
+
+
+def test_a_missing_file_is_a_file_not_found_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no model file at") as info:
+        Llama(tmp_path / "none.gguf")
+    assert isinstance(info.value, errors.ModelNotFoundError)
+
+
+def test_a_folder_is_a_model_error(tmp_path):
+    with pytest.raises(errors.ModelError, match="cannot read"):
+        Llama(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"GG", b"not a model", b"\x00" * 100])
+def test_a_file_that_is_no_gguf_is_a_format_error(tmp_path, content):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    with pytest.raises(errors.ModelFormatError, match="is not a GGUF"):
+        Llama(path)
+
+
+def test_a_gguf_cut_short_anywhere_is_corrupt(tmp_path):
+    whole = gguf_path("tiny-bert").read_bytes()
+    rng = np.random.default_rng(0)
+    path = tmp_path / "model.gguf"
+    for size in [4, 8, 24, *rng.integers(24, len(whole) - 1, size=60)]:
+        path.write_bytes(whole[:size])
+        with pytest.raises(errors.ModelCorruptError):
+            Model(path)
+
+
+def test_a_damaged_header_never_ends_the_process(tmp_path):
+    check_python(
+        """
+import sys
+import numpy as np
+from llamacrab import LlamaError, Model
+whole = bytearray(open(sys.argv[1], "rb").read())
+rng = np.random.default_rng(0)
+refused = 0
+for at in rng.integers(4, 3000, size=400):
+    broken = whole.copy()
+    broken[at] ^= 1 << int(rng.integers(8))
+    open(sys.argv[2], "wb").write(broken)
+    try:
+        Model(sys.argv[2]).close()
+    except LlamaError:
+        refused += 1
+assert refused > 100, refused
+""",
+        gguf_path("tiny-bert"),
+        tmp_path / "broken.gguf",
+    )
+
+
+def test_an_encoder_decoder_is_refused():
+    with pytest.raises(errors.UnsupportedModelError, match="encoder-decoder"):
+        Llama(gguf_path("tiny-t5"))
+
+
+def test_more_positions_than_the_model_has_are_refused():
+    with pytest.raises(errors.ContextError, match="n_ctx=4096 is more than the 128 positions"):
+        Llama(gguf_path("tiny-bert"), n_ctx=4096)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"n_seq_max": 257}, "n_seq_max must be from 1 to 256, not 257"),
+        ({"n_seq_max": 0}, "n_seq_max must be from 1"),
+        ({"n_batch": 4, "n_seq_max": 8}, "n_batch=4 is less than n_seq_max=8"),
+        ({"n_ctx": -1}, "n_ctx must be from 1"),
+        ({"n_threads": 100_000}, "n_threads must be from 1"),
+        ({"flash_attn": "maybe"}, "flash_attn must be"),
+    ],
+)
+def test_sizes_that_do_not_fit_each_other_are_refused(sizes, message):
+    with Model(gguf_path("tiny-bert")) as model, pytest.raises(ValueError, match=message) as info:
+        Context(model, **sizes)
+    assert isinstance(info.value, errors.ContextError)
+
+
+@pytest.mark.parametrize("name", EMBEDDERS)
+def test_a_text_that_is_too_long_says_how_long_and_what_fits(load, name):
+    llama = load(name)
+    text = " ".join(TEXTS)
+    n_tokens = len(llama.model.vocab.tokenize(text))
+    with pytest.raises(errors.TextTooLongError, match="pass truncate=True") as info:
+        llama.embed_texts(["short", text])
+    error = info.value
+    assert (error.n_tokens, error.limit, error.index) == (n_tokens, llama.n_ctx, 1)
+
+
+@pytest.mark.parametrize("name", EMBEDDERS)
+def test_a_cut_text_keeps_its_closing_tokens(load, name):
+    llama = load(name)
+    vocab = llama.model.vocab
+    whole = vocab.tokenize(" ".join(TEXTS))
+    kept = llama.n_ctx - len(vocab.suffix)
+    cut = np.concatenate([whole[:kept], np.array(vocab.suffix, dtype=np.int32)])
+    row = llama.embed(" ".join(TEXTS), truncate=True)
+    assert float(row @ llama.embed(cut)) > 0.9999
+    assert float(row @ llama.embed(whole, truncate=True)) > 0.9999
+
+
+def test_a_context_too_small_for_the_special_tokens_says_so():
+    with Llama(gguf_path("tiny-bert"), n_ctx=2) as llama:
+        with pytest.raises(errors.ContextError, match="of 2 tokens none is left for the text"):
+            llama.embed("a crab", truncate=True)
+        assert llama.embed("").shape == (32,)
+
+
+@pytest.mark.parametrize("wrong", [None, 7, 3.5, b"bytes", object(), {"text"}, [1.5], [[1]], ["a"]])
+def test_what_is_neither_text_nor_ids_is_an_input_error(load, wrong):
+    with pytest.raises(errors.InputError):
+        load("tiny-bert").embed_texts(["a crab", wrong])
+
+
+@pytest.mark.parametrize("ids", [[-1], [605], [2**31], [2**40], [-(2**70)]])
+def test_ids_outside_the_vocabulary_are_an_input_error(load, ids):
+    with pytest.raises(errors.InputError, match=r"range\(605\)|32 bits|integers"):
+        load("tiny-bert").embed(ids)
+
+
+def test_no_ids_are_an_empty_input_error(load):
+    with pytest.raises(errors.EmptyInputError, match="text 0 has no tokens"):
+        load("tiny-bert").embed([])
+
+
+@pytest.mark.parametrize("call", ["embed_texts", "rerank"])
+def test_one_text_instead_of_a_list_is_an_input_error(load, call):
+    name = "tiny-bert" if call == "embed_texts" else "tiny-bert-rank"
+    arguments = ("text",) if call == "embed_texts" else ("query", "document")
+    with pytest.raises(errors.InputError, match="takes a list"):
+        getattr(load(name), call)(*arguments)
+
+
+@pytest.mark.parametrize("name", EMBEDDERS)
+def test_reranking_needs_a_rank_head(load, name):
+    with pytest.raises(errors.PoolingError, match="no classification head"):
+        load(name).rerank("query", ["document"])
+    with pytest.raises(errors.PoolingError, match="pooling RANK needs a classification head"):
+        Llama(gguf_path(name), pooling_type=PoolingType.RANK)
+
+
+@pytest.mark.parametrize("name", RERANKERS)
+def test_a_reranker_does_not_embed(load, name):
+    with pytest.raises(errors.PoolingError, match=r"use rerank\(\)"):
+        load(name).embed("text")
+
+
+def test_a_closed_llama_says_so():
+    llama = Llama(gguf_path("tiny-bert"))
+    llama.close()
+    llama.close()
+    for call in (lambda: llama.embed("x"), lambda: llama.embed_texts(["x"]), llama.stats):
+        with pytest.raises(errors.ClosedError):
+            call()
+    assert "closed" in repr(llama)
+
+
+def test_nothing_is_embedded_into_no_rows(load):
+    assert load("tiny-bert").embed_texts([]).shape == (0, 32)
+    assert list(load("tiny-bert").embed_iter([])) == []
+    assert load("tiny-bert-rank").rerank("query", []).shape == (0,)
+
+
+def test_every_error_is_a_llama_error_and_a_builtin():
+    plain = {errors.LlamaError, errors.ModelError, errors.CancelledError}
+    kinds = [kind for kind in vars(errors).values() if getattr(kind, "__mro__", ())[-2:-1]]
+    kinds = [kind for kind in kinds if kind.__module__ == errors.__name__]
+    assert len(kinds) > 15
+    for kind in set(kinds) - plain:
+        assert issubclass(kind, LlamaError)
+        builtins = {base for base in kind.__mro__ if base.__module__ == "builtins"}
+        assert builtins - {Exception, BaseException, object}, kind
+
+
+def test_a_batch_refuses_what_does_not_fit():
+    batch = Batch(4)
+    with pytest.raises(errors.ContextError, match="5 more tokens do not fit: the batch holds 0"):
+        batch.add(0, [1] * 5)
+    with pytest.raises(errors.InputError, match="sequence 0 has no tokens"):
+        batch.add(0, [])
+    with pytest.raises(errors.InputError, match=r"seq_id 256 is not in range\(256\)"):
+        batch.add(256, [1])
+    with pytest.raises(errors.InputError, match="cannot start at position -1"):
+        batch.add(0, [1], pos=-1)
+    with pytest.raises(errors.ContextError):
+        Batch(0)

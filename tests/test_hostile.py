@@ -1,0 +1,104 @@
+"""Whatever a text holds, it is embedded or refused: the process never dies or hangs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from helpers import EMBEDDERS, check_python, cosines, gguf_path
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+ODD = [
+    "",
+    " ",
+    "\n\t \r",
+    "\x00",
+    "nul \x00 inside",
+    "".join(map(chr, range(32))) + "\x7f",
+    "\ud800",
+    "lone \udfff and \ud83d surrogates",
+    "\U0001f980\U0001f469\u200d\U0001f52c\U0001f1e9\U0001f1ea\U0001f44b\U0001f3fd",
+    "\ufeff\u200b\u200e\u202e\u2066",
+    "e\u0301\u0323\u0301" * 20,
+    "\ufdfa" * 30,
+    "[CLS] [SEP] <s> </s> <|im_start|> <|endoftext|> [MASK]",
+    "\U0010ffff\ue000\ufffe\uffff",
+]
+
+
+@pytest.mark.parametrize("parse_special", [False, True])
+@pytest.mark.parametrize("name", EMBEDDERS)
+def test_odd_texts_give_finite_rows(load, name, parse_special):
+    rows = load(name).embed_texts(ODD, truncate=True, parse_special=parse_special)
+    assert rows.shape == (len(ODD), 32)
+    assert np.isfinite(rows).all()
+
+
+def test_a_character_of_every_block_is_embedded_by_every_vocabulary(load):
+    texts = [chr(code) * 3 for code in range(1, 0x30000, 0x80)]
+    for name in EMBEDDERS:
+        assert np.isfinite(load(name).embed_texts(texts, truncate=True)).all()
+
+
+def test_a_lone_surrogate_reads_as_the_replacement_character(load):
+    vocab = load("tiny-qwen3").model.vocab
+    assert vocab.tokenize("a\ud800b").tolist() == vocab.tokenize("a\ufffdb").tolist()
+    assert vocab.tokenize("\ud83d\ude00").tolist() == vocab.tokenize("\U0001f600").tolist()
+
+
+def test_special_tokens_are_read_in_a_text_only_on_request(load):
+    vocab = load("tiny-bert").model.vocab
+    assert vocab.sep not in vocab.tokenize("a [SEP] b", add_special=False)
+    assert vocab.sep in vocab.tokenize("a [SEP] b", add_special=False, parse_special=True)
+    llama = load("tiny-bert")
+    plain, parsed = llama.embed("a [SEP] b"), llama.embed("a [SEP] b", parse_special=True)
+    assert cosines(plain, parsed) < 0.9999
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.characters(), max_size=60))
+def test_any_text_is_embedded(load, text):
+    for name in EMBEDDERS:
+        assert np.isfinite(load(name).embed(text, truncate=True)).all()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(-10, 700), max_size=40))
+def test_any_ids_are_embedded_or_refused(load, ids):
+    try:
+        row = load("tiny-bert").embed(ids, truncate=True)
+    except ValueError:
+        assert not ids or min(ids) < 0 or max(ids) >= 605
+    else:
+        assert np.isfinite(row).all()
+
+
+@pytest.mark.parametrize("name", EMBEDDERS)
+def test_texts_of_ten_megabytes_are_cut_or_refused(name):
+    check_python(
+        """
+import sys
+from llamacrab import Llama
+from llamacrab.errors import InputError
+size = 10_000_000
+texts = {
+    "one word": "a" * size,
+    "spaces": " " * size,
+    "line breaks": "\\n" * size,
+    "words": "crab and " * (size // 9),
+    "chinese": "\\u87f9" * (size // 3),
+    "signs": "!?" * (size // 2),
+    "digits": "12345" * (size // 5),
+    "emoji": "\\U0001f980" * (size // 4),
+}
+with Llama(sys.argv[1]) as llama:
+    for name, text in texts.items():
+        assert llama.embed(text, truncate=True).shape == (32,), name
+        try:
+            llama.embed(text)
+        except InputError as error:
+            assert "pass truncate=True" in str(error), (name, error)
+""",
+        gguf_path(name),
+        timeout=280,
+    )

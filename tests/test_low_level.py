@@ -1,0 +1,189 @@
+"""Model, Vocab, Batch and Context, driven by hand."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+from helpers import TEXTS, cosines, gguf_path
+
+from llamacrab import Batch, Context, Model, PoolingType, VocabType, errors
+
+
+@pytest.fixture(scope="module")
+def bert():
+    with Model(gguf_path("tiny-bert")) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    with Model(gguf_path("tiny-qwen3")) as model:
+        yield model
+
+
+def test_a_model_says_what_it_is(bert, qwen):
+    assert (bert.arch, bert.n_embd, bert.n_embd_out, bert.n_layer) == ("bert", 32, 32, 2)
+    assert (bert.n_ctx_train, bert.has_position_table, bert.has_rank_head) == (128, True, False)
+    assert (qwen.has_position_table, qwen.pooling_type) == (False, PoolingType.LAST)
+    assert bert.metadata["general.architecture"] == "bert"
+    assert bert.n_params > 0
+    assert bert.size > 0
+    with Model(gguf_path("tiny-qwen3-rank")) as rank:
+        assert (rank.n_cls_out, rank.cls_labels) == (2, ["yes", "no"])
+        assert "{document}" in rank.chat_template("rerank")
+        assert rank.chat_template("none such") is None
+
+
+def test_a_vocabulary_splits_and_joins(bert, qwen):
+    assert bert.vocab.vocab_type == VocabType.WPM
+    assert qwen.vocab.vocab_type == VocabType.BPE
+    ids = qwen.vocab.tokenize("Crabs walk sideways.", add_special=False)
+    assert qwen.vocab.detokenize(ids) == "Crabs walk sideways."
+    assert b"".join(qwen.vocab.token_to_piece(i) for i in ids) == b"Crabs walk sideways."
+    whole = bert.vocab.tokenize("a crab")
+    assert (whole[0], whole[-1]) == (bert.vocab.bos, bert.vocab.sep)
+    assert bert.vocab.is_control(bert.vocab.sep)
+    with pytest.raises(errors.InputError, match="range"):
+        bert.vocab.token_to_piece(len(bert.vocab))
+    with pytest.raises(errors.InputError, match="range"):
+        bert.vocab.detokenize([len(bert.vocab)])
+
+
+def test_sequences_of_a_batch_have_their_own_rows(bert):
+    ids = [bert.vocab.tokenize(text)[:100] for text in TEXTS[:5]]
+    with Context(bert, n_batch=512, n_seq_max=5) as context:
+        batch = Batch(512)
+        for seq_id in (3, 0, 4, 1, 2):
+            batch.add(seq_id, ids[seq_id])
+        assert batch.seq_ids == (3, 0, 4, 1, 2)
+        context.decode(batch)
+        together = [context.seq_row(seq_id) for seq_id in range(5)]
+        for seq_id in range(5):
+            batch.clear()
+            batch.add(0, ids[seq_id])
+            context.decode(batch)
+            assert cosines(context.seq_row(0), together[seq_id]) > 0.9999
+
+
+def test_a_causal_sequence_goes_on_where_it_stands(qwen):
+    ids = qwen.vocab.tokenize("Crabs walk sideways along the shore.")
+    with Context(qwen, n_ctx=256) as context:
+        batch = Batch(64)
+        batch.add(0, ids)
+        context.decode(batch)
+        whole = context.seq_row(0)
+        context.clear()
+        for start, stop in ((0, 4), (4, len(ids))):
+            batch.clear()
+            batch.add(0, ids[start:stop], pos=start)
+            context.decode(batch)
+        assert cosines(context.seq_row(0), whole) > 0.9999
+        batch.clear()
+        batch.add(0, ids[:2], pos=99)
+        with pytest.raises(errors.DecodeError, match="consecutive"):
+            context.decode(batch)
+
+
+def test_a_memory_that_is_full_says_so(qwen):
+    with Context(qwen, n_ctx=256, n_seq_max=4) as context:
+        batch = Batch(256)
+        batch.add(0, np.full(200, 30))
+        context.decode(batch)
+        batch.clear()
+        batch.add(1, np.full(200, 30))
+        with pytest.raises(errors.ContextError, match="no room for 200"):
+            context.decode(batch)
+        context.clear()
+        context.decode(batch)
+        assert context.seq_row(1).shape == (32,)
+
+
+def test_rows_of_tokens_need_pooling_none(bert):
+    batch = Batch(64)
+    batch.add(0, bert.vocab.tokenize("a crab"))
+    n = batch.n_tokens
+    with Context(bert, pooling_type=PoolingType.NONE) as context:
+        context.decode(batch)
+        rows = context.token_rows()
+        assert rows.shape == (n, 32)
+        assert np.array_equal(context.token_rows(1, 3), rows[1:3])
+        with pytest.raises(errors.InputError, match="not among"):
+            context.token_rows(0, n + 1)
+        with pytest.raises(errors.PoolingError):
+            context.seq_row(0)
+    with Context(bert) as context:
+        context.decode(batch)
+        with pytest.raises(errors.PoolingError):
+            context.token_rows()
+        with pytest.raises(errors.InputError, match="sequence 1 is not in the last batch"):
+            context.seq_row(1)
+        with pytest.raises(errors.InputError, match="a row has 32 values, the array has 7"):
+            context.copy_seq_row(0, np.empty(7, np.float32))
+
+
+def test_a_batch_that_a_context_cannot_take_is_refused_before_llama_cpp_asserts(bert):
+    with Context(bert, n_batch=64, n_ubatch=64, n_seq_max=2) as context:
+        batch = Batch(256)
+        with pytest.raises(errors.InputError, match="holds no tokens"):
+            context.decode(batch)
+        batch.add(0, np.full(65, 7))
+        with pytest.raises(errors.ContextError, match="65 tokens, n_batch is 64"):
+            context.decode(batch)
+        for seq_id, token, message in ((2, 7, "n_seq_max=2"), (0, 605, r"range\(605\)")):
+            batch.clear()
+            batch.add(seq_id, [token])
+            with pytest.raises(errors.InputError, match=message):
+                context.decode(batch)
+        batch.clear()
+        batch.add(0, [7], pos=128)
+        with pytest.raises(errors.ContextError, match="reaches position 128"):
+            context.decode(batch)
+
+
+def test_contexts_of_one_model_compute_in_threads(bert):
+    ids = [bert.vocab.tokenize(text)[:100] for text in TEXTS[:40]]
+
+    def compute(rows):
+        with Context(bert, n_threads=1) as context:
+            batch = Batch(128)
+            for i in range(40):
+                batch.clear()
+                batch.add(0, ids[i])
+                context.decode(batch)
+                rows[i] = context.seq_row(0)
+
+    results = [np.zeros((40, 32), np.float32) for _ in range(4)]
+    threads = [threading.Thread(target=compute, args=(rows,)) for rows in results]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for rows in results[1:]:
+        assert np.array_equal(rows, results[0])
+
+
+def test_other_threads_run_while_a_context_decodes(minilm):
+    beats = []
+    stop = threading.Event()
+
+    def beat():
+        while not stop.is_set():
+            beats.append(time.perf_counter())
+            time.sleep(0.001)
+
+    with Context(minilm.model, n_ctx=512, n_batch=4096, n_seq_max=8, n_threads=1) as context:
+        batch = Batch(4096)
+        for seq_id in range(8):
+            batch.add(seq_id, np.full(500, 2000))
+        thread = threading.Thread(target=beat)
+        thread.start()
+        start = time.perf_counter()
+        context.decode(batch)
+        end = time.perf_counter()
+        stop.set()
+        thread.join()
+    during = [beat for beat in beats if start < beat < end]
+    assert len(during) >= 10

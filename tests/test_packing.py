@@ -1,0 +1,70 @@
+"""Packed rows are the rows of texts computed alone, whatever the sizes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from helpers import EMBEDDERS, TEXTS, check_python, cosines, gguf_path
+
+from llamacrab import Llama
+
+
+def mixed(n: int) -> list[str]:
+    """Return `n` different texts of mixed lengths."""
+    rng = np.random.default_rng(n)
+    return [f"{i} {TEXTS[k]}" for i, k in enumerate(rng.integers(0, len(TEXTS), size=n))]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 16, 33, 64, 100, 128, 200, 255, 256])
+@pytest.mark.parametrize("name", EMBEDDERS)
+def test_packed_rows_equal_rows_alone_in_order(load, name, n):
+    llama = load(name)
+    texts = mixed(n)
+    alone = np.array([llama.embed(text, truncate=True) for text in texts])
+    packed = llama.embed_texts(texts, truncate=True, dedup=False)
+    assert cosines(packed, alone).min() >= 0.9999
+
+
+@pytest.mark.parametrize("n", [2, 40, 256])
+def test_packed_rows_of_minilm_equal_rows_alone_in_order(minilm, n):
+    texts = mixed(n) if n < 256 else [text[:80] for text in mixed(n)]
+    alone = np.array([minilm.embed(text, truncate=True) for text in texts])
+    packed = minilm.embed_texts(texts, truncate=True, dedup=False)
+    assert cosines(packed, alone).min() >= 0.9999
+
+
+@pytest.mark.parametrize("n_seq_max", [1, 3, 48, 256])
+@pytest.mark.parametrize("pack_tokens", [1, 64, 300, 2000])
+def test_the_size_of_packs_does_not_change_rows(load, pack_tokens, n_seq_max):
+    expected = load("tiny-bert").embed_texts(TEXTS[:80], truncate=True)
+    with Llama(gguf_path("tiny-bert"), pack_tokens=pack_tokens, n_seq_max=n_seq_max) as llama:
+        rows = llama.embed_texts(TEXTS[:80], truncate=True)
+        assert llama.recent_packs()["n_texts"].max() <= n_seq_max
+    assert cosines(rows, expected).min() >= 0.9999
+
+
+def test_no_combination_of_sizes_ends_the_process():
+    # llama.cpp asserts while it plans its memory where n_seq_max does not divide n_ubatch.
+    check_python(
+        """
+        import itertools, sys
+        from llamacrab import Llama, LlamaError, PoolingType
+        n = 0
+        for name, pooling in itertools.product(sys.argv[1:], PoolingType):
+            for n_ubatch, n_seq_max in itertools.product((1, 7, 128, 333), (1, 5, 48, 256)):
+                try:
+                    with Llama(name, pooling_type=pooling, n_ubatch=n_ubatch,
+                               n_seq_max=n_seq_max, n_contexts=1) as llama:
+                        if llama.pooling_type == PoolingType.RANK:
+                            llama.rerank("a", ["b", "c"], truncate=True)
+                        else:
+                            llama.embed_texts(["a crab", "b"], truncate=True)
+                    n += 1
+                except LlamaError:
+                    pass
+        assert n > 50, n
+        """.replace("\n        ", "\n"),
+        gguf_path("tiny-bert"),
+        gguf_path("tiny-qwen3"),
+        gguf_path("tiny-xlmr-rank"),
+    )
