@@ -1,0 +1,155 @@
+"""The command line: results on standard output, errors in one line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from helpers import gguf_path, python
+
+from llamacrab import Llama
+
+MODEL = str(gguf_path("tiny-bert"))
+RERANKER = str(gguf_path("tiny-bert-rank"))
+LINES = ["a crab", "a lobster", "", "the tide comes in"]
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "lines.txt"
+    path.write_text("\n".join(LINES) + "\n", encoding="utf-8")
+    return path
+
+
+def run(*arguments, stdin=None):
+    return subprocess.run(
+        [sys.executable, "-m", "llamacrab", *map(str, arguments)],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=120,
+        check=False,
+    )
+
+
+def expected():
+    with Llama(MODEL) as llama:
+        return llama.embed_texts(LINES)
+
+
+def test_embed_writes_a_matrix_with_a_row_a_line(source, tmp_path):
+    done = run("embed", source, "-o", tmp_path / "rows.npy", "-m", MODEL)
+    assert done.returncode == 0, done.stderr
+    rows = np.load(tmp_path / "rows.npy")
+    assert rows.dtype == np.float32
+    np.testing.assert_allclose(rows, expected(), atol=1e-2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lines.txt", "rows.npy"]
+
+
+def test_embed_reads_standard_input_and_json_lines(tmp_path):
+    run("embed", "-", "-o", tmp_path / "a.jsonl", "-m", MODEL, stdin="\n".join(LINES))
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [row["text"] for row in rows] == LINES
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"body": t}) + "\n" for t in LINES))
+    done = run(
+        "embed", tmp_path / "in.jsonl", "--field", "body", "-o", tmp_path / "b.npy", "-m", MODEL
+    )
+    assert done.returncode == 0, done.stderr
+    vectors = [row["embedding"] for row in rows]
+    np.testing.assert_allclose(np.load(tmp_path / "b.npy"), vectors, atol=1e-2)
+
+
+def test_pooling_and_length_are_options(source, tmp_path):
+    run(
+        "embed", source, "-o", tmp_path / "a.npy", "-m", MODEL, "--pooling", "cls", "--no-normalize"
+    )
+    norms = np.linalg.norm(np.load(tmp_path / "a.npy"), axis=1)
+    assert abs(norms - 1).max() > 0.01
+
+
+def test_search_shows_the_nearest_lines_best_first(source, tmp_path):
+    done = run("search", source, "a crab", "-k", "2", "-m", MODEL)
+    scores, texts = zip(*(line.split("\t") for line in done.stdout.splitlines()), strict=True)
+    assert texts[0] == "a crab"
+    assert len(texts) == 2
+    assert float(scores[0]) >= float(scores[1])
+    run("embed", source, "-o", tmp_path / "rows.npy", "-m", MODEL)
+    again = run(
+        "search", source, "a crab", "-k", "2", "-m", MODEL, "--vectors", tmp_path / "rows.npy"
+    )
+    assert [line.split("\t")[1] for line in again.stdout.splitlines()] == list(texts)
+
+
+def test_rerank_sorts_the_documents(source):
+    done = run("rerank", "who lives in the sea?", source, "-m", RERANKER)
+    scores = [float(line.split("\t")[0]) for line in done.stdout.splitlines()]
+    assert len(scores) == 4
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_info_and_versions_say_what_is_there():
+    done = run("info", MODEL)
+    assert "bert" in done.stdout
+    assert "[CLS] text [SEP]" in done.stdout
+    done = run("versions")
+    for word in ("llama.cpp", "GGML_NATIVE", "CPU compiled", "CPU present", "device 0"):
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["embed", "none.txt", "-o", "x.npy"], 1, "none.txt"),
+        (["embed", "-", "-o", "x.txt"], 2, "must end in .npy or .jsonl"),
+        (["embed", "-"], 2, "Missing option"),
+        (["info", "none.gguf"], 1, "no model file"),
+        (["info", __file__], 1, "is not a GGUF"),
+        (["info", str(gguf_path("tiny-t5"))], 1, "encoder-decoder"),
+        (["rerank", "q", "-"], 2, "needs --model"),
+        (["rerank", "q", "-", "-m", MODEL], 1, "classification head"),
+        (["search", "-", "q", "-m", RERANKER], 1, "use rerank()"),
+        (["nonsense"], 2, "No such command"),
+        (["embed", "-", "-o", "x.npy", "-m", MODEL, "--pooling", "magic"], 2, "magic"),
+    ],
+)
+def test_an_error_is_one_line_and_an_exit_code(arguments, code, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = run(*arguments, stdin="text\n")
+    assert done.returncode == code
+    assert message in done.stderr
+    assert done.stderr.startswith("llamacrab: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_text_too_long_is_one_line_unless_truncated(tmp_path):
+    arguments = ["embed", "-", "-o", tmp_path / "x.npy", "-m", MODEL]
+    done = run(*arguments, stdin="short\n" + "crab " * 500)
+    assert done.returncode == 1
+    assert "text 1 has" in done.stderr
+    assert run(*arguments, "--truncate", stdin="short\n" + "crab " * 500).returncode == 0
+
+
+def test_a_line_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"fine\n\xff\xfe\n")
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"other": 1}\n')
+    for name in ("a.txt", "a.jsonl"):
+        done = run("embed", tmp_path / name, "-o", tmp_path / "x.npy", "-m", MODEL)
+        assert done.returncode == 1
+        assert "line 2" in done.stderr
+
+
+def test_without_click_one_line_names_the_extra():
+    done = python(
+        "import sys; sys.modules['click'] = None\n"
+        "sys.argv = ['llamacrab', 'versions']\n"
+        "from llamacrab.__main__ import main; main()"
+    )
+    assert done.returncode == 1
+    assert (
+        done.stderr == "llamacrab: this needs the package 'click': pip install 'llamacrab[cli]'\n"
+    )
