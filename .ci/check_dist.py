@@ -9,6 +9,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+SOURCES = (".pyx", ".pxd", ".cpp", ".hpp", ".h")
 # Parts of llama.cpp, which neither distribution may hold.
 FOREIGN = ("llama-model.cpp", "ggml.c", "llama.h", "ggml-cpu.c", "libllama.a", "libggml.a")
 
@@ -43,7 +44,8 @@ def check_wheel(path: Path) -> None:
             check(f"llamacrab/{wanted}" in names, f"{path.name} lacks {wanted}")
         check(any(name.endswith("licenses/LICENSE") for name in names), "the wheel lacks LICENSE")
         check_no_foreign(path, names)
-        sources = [name for name in names if name.endswith((".pyx", ".pxd", ".cpp", ".hpp", ".h"))]
+        others = names - {"llamacrab/LICENSE.llama.cpp"}
+        sources = sorted(name for name in others if Path(name).suffix in SOURCES)
         check(not sources, f"{path.name} holds sources: {sources}")
         missing = {f"llamacrab/{file.name}" for file in Path("llamacrab").glob("*.py")} - names
         check(not missing, f"{path.name} lacks {missing}: are they in llamacrab/meson.build?")
