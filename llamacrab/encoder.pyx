@@ -106,4 +106,4 @@ cdef class Encoder:
                 f"text {index}: of {self._native.limit} tokens none is left for the text beside "
                 "what stands around it: make n_ctx larger"
             )
-        return InputError(f"text {index}: {UNSPLITTABLE}")
+        return InputError(f"text {index}: {_UNSPLITTABLE}")

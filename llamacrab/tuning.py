@@ -330,7 +330,7 @@ def tune(
     packs = PACKS_GPU if on_gpu else PACKS_CPU
     rng = np.random.default_rng(0)
     limit = min(model.n_ctx_train, packs[-1])
-    lengths = rng.integers(max(1, n_tokens // 2), n_tokens * 3 // 2 + 1, size=256)
+    lengths = rng.integers(max(1, n_tokens // 2), n_tokens * 3 // 2 + 1, size=64)
     texts = [
         rng.integers(0, len(model.vocab), size=min(int(n), limit), dtype=np.int32) for n in lengths
     ]

@@ -14,7 +14,7 @@ class VocabType(enum.IntEnum):
     TEST = 7
 
 
-UNSPLITTABLE = (
+_UNSPLITTABLE = (
     "llama.cpp cannot split this text: it has more tokens than can be counted, or bytes for which "
     "this vocabulary has no token"
 )
@@ -143,7 +143,7 @@ cdef class Vocab:
         with nogil:
             done = native.tokenize(self._ptr, view, parse_special, self._decompose, ids)
         if not done:
-            raise InputError(UNSPLITTABLE)
+            raise InputError(_UNSPLITTABLE)
         if add_special:
             for token in self.suffix:
                 ids.push_back(token)

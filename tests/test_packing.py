@@ -54,7 +54,7 @@ def test_no_combination_of_sizes_ends_the_process():
             for n_ubatch, n_seq_max in itertools.product((1, 7, 128, 333), (1, 5, 48, 256)):
                 try:
                     with Llama(name, pooling_type=pooling, n_ubatch=n_ubatch,
-                               n_seq_max=n_seq_max, n_contexts=1) as llama:
+                               n_seq_max=n_seq_max, n_contexts=1, n_threads=1) as llama:
                         if llama.pooling_type == PoolingType.RANK:
                             llama.rerank("a", ["b", "c"], truncate=True)
                         else:
