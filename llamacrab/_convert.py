@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llamacrab._core import Model
 from llamacrab._extras import require
-from llamacrab.errors import ConvertError
+from llamacrab.errors import ConvertError, LlamaError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -77,6 +78,7 @@ def convert(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+        _check(name, folder)
         # mkstemp makes private files; the result gets what `open` would have given it.
         umask = os.umask(0)
         os.umask(umask)
@@ -87,14 +89,44 @@ def convert(
     return destination
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _check(name: str, folder: Path) -> None:
+    """Refuse what llama.cpp cannot load: tensors of other sizes, tensors missing, NaN."""
     try:
-        read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        Model(name, check_tensors=True).close()
+    except LlamaError as error:
+        raise ConvertError(f"{folder} does not make a model: {error}") from None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConvertError(f"{path.parent} lacks {path.name}") from None
     except (OSError, ValueError) as error:
         raise ConvertError(f"cannot read {path}: {error}") from None
+
+
+def _parse(path: Path) -> Any:
+    text = _read_text(path)
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ConvertError(f"cannot read {path}: {error}") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    read = _parse(path)
+    if not isinstance(read, dict):
+        raise ConvertError(f"{path} holds no JSON object")
     return read
+
+
+def _size(config: dict[str, Any], key: str) -> int:
+    """Return a size that the model's config must give."""
+    size = config.get(key)
+    if not isinstance(size, int) or size < 1:
+        raise ConvertError(f"config.json must give {key}, a positive integer, not {size!r}")
+    return size
 
 
 def _refuse_unknown(config: dict[str, Any]) -> None:
@@ -108,6 +140,11 @@ def _refuse_unknown(config: dict[str, Any]) -> None:
     activation = config.get("hidden_act", "gelu")
     if not str(activation).startswith("gelu"):
         raise ConvertError(f"hidden_act is {activation!r}; llama.cpp computes GELU for BERT")
+    if config.get("is_decoder"):
+        raise ConvertError("is_decoder is true; llama.cpp lets the tokens of BERT see each other")
+    epsilon = config.setdefault("layer_norm_eps", 1e-12)  # as transformers has it
+    if not isinstance(epsilon, float) or epsilon < 0:
+        raise ConvertError(f"config.json must give layer_norm_eps, a number, not {epsilon!r}")
     positions = config.get("position_embedding_type", "absolute")
     if positions != "absolute":
         raise ConvertError(f"position_embedding_type is {positions!r}, not 'absolute'")
@@ -119,11 +156,11 @@ def _write_header(
     name = Path(config.get("_name_or_path") or "").name or folder.resolve().name
     writer.add_type("model")
     writer.add_name(name)
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
+    writer.add_block_count(_size(config, "num_hidden_layers"))
+    writer.add_context_length(_size(config, "max_position_embeddings"))
+    writer.add_embedding_length(_size(config, "hidden_size"))
+    writer.add_feed_forward_length(_size(config, "intermediate_size"))
+    writer.add_head_count(_size(config, "num_attention_heads"))
     writer.add_layer_norm_eps(config["layer_norm_eps"])
     ftype = "ALL_F32" if outtype == "f32" else f"MOSTLY_{outtype.upper()}"
     writer.add_file_type(gguf.LlamaFileType[ftype])
@@ -137,23 +174,30 @@ def _pooling(folder: Path) -> str | None:
     """Return the pooling that sentence-transformers would do: "MEAN", "CLS", "LAST" or None."""
     if not (folder / "modules.json").is_file():
         return None
-    modules: Any = _read_json(folder / "modules.json")
-    paths = [module["path"] for module in modules if module["type"].endswith("Pooling")]
-    if not paths:
+    try:
+        modules = {m["type"].rpartition(".")[2]: m["path"] for m in _parse(folder / "modules.json")}
+    except (KeyError, TypeError, AttributeError):
+        raise ConvertError(f"{folder / 'modules.json'} holds no list of modules") from None
+    if others := set(modules) - {"Transformer", "Pooling", "Normalize"}:
+        raise ConvertError(f"{folder} has a module that a GGUF cannot hold: {min(others)}")
+    if "Pooling" not in modules:
         return None
-    said = _read_json(folder / paths[0] / "config.json")
-    flags = {
-        "pooling_mode_mean_tokens": "MEAN",
-        "pooling_mode_cls_token": "CLS",
-        "pooling_mode_lasttoken": "LAST",
-    }
-    for flag, pooling in flags.items():
-        if said.get(flag):
-            return pooling
-    modes = {"mean": "MEAN", "cls": "CLS", "lasttoken": "LAST"}
-    if said.get("pooling_mode") in modes:
-        return modes[said["pooling_mode"]]
-    raise ConvertError(f"{folder / paths[0]}: only mean, cls and last-token pooling are supported")
+    place = folder / modules["Pooling"]
+    said = _read_json(place / "config.json")
+    known = {"mean_tokens": "MEAN", "cls_token": "CLS", "lasttoken": "LAST"}
+    chosen = [
+        key.removeprefix("pooling_mode_")
+        for key, value in said.items()
+        if key.startswith("pooling_mode_") and value is True
+    ]
+    if not chosen and isinstance(said.get("pooling_mode"), str):
+        modes = {"mean": "mean_tokens", "cls": "cls_token", "lasttoken": "lasttoken"}
+        chosen = [modes.get(said["pooling_mode"], said["pooling_mode"])]
+    if len(chosen) != 1 or chosen[0] not in known:
+        raise ConvertError(
+            f"{place}: mean, cls and last-token pooling are supported, not {' + '.join(chosen)!r}"
+        )
+    return known[chosen[0]]
 
 
 def _write_vocabulary(writer: Any, gguf: Any, folder: Path, config: dict[str, Any]) -> None:
@@ -171,15 +215,15 @@ def _write_vocabulary(writer: Any, gguf: Any, folder: Path, config: dict[str, An
     for i in special.values():
         if i is not None:
             kinds[i] = gguf.TokenType.CONTROL
-    for i in range(len(tokens), config["vocab_size"]):
+    for i in range(len(tokens), _size(config, "vocab_size")):
         tokens.append(f"[PAD{i}]")
         kinds.append(gguf.TokenType.UNUSED)
-    if len(tokens) > config["vocab_size"]:
+    if len(tokens) > _size(config, "vocab_size"):
         raise ConvertError(
             f"{folder} has {len(tokens)} tokens, its config says {config['vocab_size']}"
         )
 
-    writer.add_token_type_count(config["type_vocab_size"])
+    writer.add_token_type_count(_size(config, "type_vocab_size"))
     writer.add_tokenizer_model("bert")
     writer.add_tokenizer_pre("jina-v2-en")  # llama.cpp's name for BERT's own splitting
     writer.add_token_list(
@@ -206,8 +250,9 @@ def _write_vocabulary(writer: Any, gguf: Any, folder: Path, config: dict[str, An
 
 def _tokens(folder: Path) -> list[str]:
     if (folder / "vocab.txt").is_file():
-        return (folder / "vocab.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
-    vocabulary = _read_json(folder / "tokenizer.json").get("model", {}).get("vocab")
+        return _read_text(folder / "vocab.txt").rstrip("\n").split("\n")
+    model = _read_json(folder / "tokenizer.json").get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(vocabulary, dict):
         raise ConvertError(f"{folder} has neither vocab.txt nor a WordPiece tokenizer.json")
     return sorted(vocabulary, key=vocabulary.__getitem__)
@@ -235,7 +280,7 @@ def _phantom(token: str) -> str:
 def _write_tensors(
     writer: Any, gguf: Any, folder: Path, config: dict[str, Any], outtype: str
 ) -> None:
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.BERT, config["num_hidden_layers"])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.BERT, _size(config, "num_hidden_layers"))
     quantized = gguf.GGMLQuantizationType[outtype.upper()]
     kept_f32 = ("position_embd.weight", "token_types.weight")
     for source, tensor in _tensors(folder / "model.safetensors"):

@@ -11,11 +11,12 @@ import pytest
 import safetensors.numpy
 from helpers import DATA, TEXTS, cosines, gguf_path, golden
 
-from llamacrab import Llama, convert, errors
+from llamacrab import Llama, PoolingType, convert, errors
 
 FOLDER = DATA / "tiny-bert-hf"
 # The converter also writes what a model card says, and sizes that it estimates.
 KEPT = ("bert.", "tokenizer.")
+MATRIX = "encoder.layer.1.output.dense.weight"
 
 
 @pytest.fixture
@@ -86,6 +87,20 @@ def edit(folder, name, **changes):
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes))
 
 
+def edit_tensors(folder, change):
+    path = folder / "model.safetensors"
+    tensors = {name: tensor.copy() for name, tensor in safetensors.numpy.load_file(path).items()}
+    change(tensors)
+    safetensors.numpy.save_file(tensors, path)
+
+
+def add_module(folder, kind):
+    path = folder / "modules.json"
+    modules = json.loads(path.read_text(encoding="utf-8"))
+    modules.append({"idx": 2, "name": "2", "path": f"2_{kind}", "type": f"models.{kind}"})
+    path.write_text(json.dumps(modules))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -101,6 +116,33 @@ def edit(folder, name, **changes):
         ),
         (lambda f: edit(f, "config.json", vocab_size=3), "its config says 3"),
         (lambda f: (f / "vocab.txt").write_text("a\nb\n"), "lacks \\[CLS\\]"),
+        (lambda f: (f / "vocab.txt").write_bytes(b"\xff\xfe"), "cannot read"),
+        (lambda f: (f / "config.json").write_text("[]"), "holds no JSON object"),
+        (lambda f: edit(f, "config.json", num_hidden_layers=None), "must give num_hidden_layers"),
+        (lambda f: edit(f, "config.json", hidden_size="32"), "hidden_size, .* not '32'"),
+        (lambda f: edit(f, "config.json", layer_norm_eps="x"), "layer_norm_eps"),
+        (lambda f: edit(f, "config.json", is_decoder=True), "is_decoder"),
+        # What only loading the result shows: sizes that contradict the tensors.
+        (lambda f: edit(f, "config.json", num_hidden_layers=3), "does not make a model"),
+        (lambda f: edit(f, "config.json", num_hidden_layers=1), "that BERT does not have"),
+        (lambda f: edit(f, "config.json", hidden_size=64), "does not make a model"),
+        (lambda f: edit(f, "config.json", vocab_size=700), "does not make a model"),
+        (lambda f: edit_tensors(f, lambda t: t.pop(MATRIX)), "does not make a model"),
+        (lambda f: edit_tensors(f, lambda t: t[MATRIX].fill(np.nan)), "invalid data"),
+        (lambda f: edit_tensors(f, lambda t: t.update(new=t[MATRIX])), "does not have: new"),
+        # What sentence-transformers would compute and the GGUF would not.
+        (lambda f: add_module(f, "Dense"), "cannot hold: Dense"),
+        (
+            lambda f: edit(f, "1_Pooling/config.json", pooling_mode_cls_token=True),
+            "not 'cls_token \\+ mean_tokens'",
+        ),
+        (
+            lambda f: edit(f, "1_Pooling/config.json", pooling_mode_mean_tokens=False),
+            "mean, cls and last-token pooling are supported",
+        ),
+        (lambda f: (f / "1_Pooling" / "config.json").unlink(), "1_Pooling lacks config.json"),
+        (lambda f: (f / "modules.json").write_text('"x"'), "holds no list of modules"),
+        (lambda f: (f / "modules.json").write_text("[{}]"), "holds no list of modules"),
     ],
 )
 def test_a_folder_that_cannot_be_converted_says_why_and_leaves_nothing(
@@ -108,9 +150,55 @@ def test_a_folder_that_cannot_be_converted_says_why_and_leaves_nothing(
 ):
     damage(folder)
     out = tmp_path / "out"
-    with pytest.raises(errors.ConvertError, match=message):
+    with pytest.raises(errors.ConvertError, match=message) as info:
         convert(folder, out / "model.gguf")
+    assert "\n" not in str(info.value)
     assert not out.exists() or not list(out.iterdir())
+
+
+def test_what_was_there_before_a_failure_stays(folder, tmp_path):
+    path = convert(folder, tmp_path / "model.gguf", outtype="f32")
+    before = path.read_bytes()
+    (folder / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(errors.ConvertError):
+        convert(folder, path)
+    assert path.read_bytes() == before
+    assert {entry.name for entry in tmp_path.iterdir()} == {"hf", "model.gguf"}
+
+
+@pytest.mark.parametrize("pooling", ["cls_token", "lasttoken", "mean_tokens"])
+def test_pooling_is_what_sentence_transformers_would_do(folder, tmp_path, pooling):
+    flags = {f"pooling_mode_{name}": name == pooling for name in ("mean_tokens", "cls_token")}
+    flags["pooling_mode_lasttoken"] = pooling == "lasttoken"
+    edit(folder, "1_Pooling/config.json", **flags)
+    rows = vectors(convert(folder, tmp_path / "model.gguf", outtype="f32"))
+    want = golden("tiny-bert")[{"cls_token": "cls", "lasttoken": "last"}.get(pooling, "mean")]
+    assert cosines(rows, want).min() >= 0.9999
+
+
+def test_a_folder_that_does_not_say_how_to_pool_leaves_it_open(folder, tmp_path):
+    (folder / "modules.json").unlink()
+    with Llama(convert(folder, tmp_path / "model.gguf")) as llama:
+        assert llama.model.pooling_type == PoolingType.UNSPECIFIED
+        assert llama.pooling_type == PoolingType.MEAN
+
+
+def test_an_epsilon_that_is_not_given_is_that_of_transformers(folder, tmp_path):
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    assert config.pop("layer_norm_eps") == 1e-12
+    path.write_text(json.dumps(config))
+    keys, _ = contents(convert(folder, tmp_path / "model.gguf", outtype="f32"))
+    assert keys == contents(gguf_path("tiny-bert"))[0]
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float64])
+def test_weights_of_other_floats_and_with_a_prefix_are_read(folder, tmp_path, kind):
+    edit_tensors(
+        folder, lambda t: t.update({f"bert.{name}": t.pop(name).astype(kind) for name in list(t)})
+    )
+    rows = vectors(convert(folder, tmp_path / "model.gguf", outtype="f32"))
+    assert cosines(rows, golden("tiny-bert")["vectors"]).min() >= 0.9999
 
 
 def test_an_unknown_type_is_refused(tmp_path):
