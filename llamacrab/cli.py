@@ -126,6 +126,8 @@ def embed(
     """Embed every line of INPUT: text, .jsonl, or - for standard input."""
     if output.suffix not in (".npy", ".jsonl"):
         raise click.BadParameter(f"{output} must end in .npy or .jsonl", param_hint="--output")
+    if not output.parent.is_dir():
+        raise click.BadParameter(f"there is no folder {output.parent}", param_hint="--output")
     texts = list(_read_texts(source, field))
     chosen = POOLINGS[pooling] if pooling else PoolingType.UNSPECIFIED
     options = EmbedOptions(normalize=not no_normalize, truncate=truncate)
@@ -320,13 +322,21 @@ def _read_texts(source: str, field: str) -> Iterator[str]:
         for number, line in enumerate(stream, 1):
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-                yield json.loads(text)[field] if source.endswith(".jsonl") else text
+                yield _field(json.loads(text), field) if source.endswith(".jsonl") else text
             except UnicodeDecodeError as error:
                 raise click.ClickException(f"{source}, line {number}: not UTF-8: {error}") from None
             except (ValueError, KeyError, TypeError) as error:
                 raise click.ClickException(
-                    f"{source}, line {number}: no JSON object with a field {field!r}: {error!r}"
+                    f"{source}, line {number}: no JSON object with a text {field!r}: {error}"
                 ) from None
+
+
+def _field(record: Any, field: str) -> str:
+    text = record[field]
+    if not isinstance(text, str):
+        raise TypeError(f"it is {type(text).__name__}, not a string")
+    # JSON can spell half of a surrogate pair, which no output could hold.
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _write_vectors(output: Path, texts: list[str], vectors: np.ndarray) -> None:

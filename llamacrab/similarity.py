@@ -16,11 +16,18 @@ def normalize(vectors: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     vectors : ndarray, shape (n, n_embd) or (n_embd,)
     out : ndarray, optional
         Where to put the result, of the same shape; may be `vectors` itself.
+
+    Returns
+    -------
+    ndarray
+        `out`, or a new array of float32 or float64, whichever holds `vectors`.
     """
-    result = np.empty_like(vectors) if out is None else out
+    # Integers and half precision would overflow in the squares, or could not hold the result.
+    kind = np.result_type(vectors.dtype, np.float32)
+    result = np.empty(vectors.shape, dtype=kind) if out is None else out
     rows, into = np.atleast_2d(vectors), np.atleast_2d(result)
     for start in range(0, len(rows), BLOCK):
-        block = rows[start : start + BLOCK]
+        block = rows[start : start + BLOCK].astype(kind, copy=False)
         norms = np.sqrt(np.einsum("ij,ij->i", block, block))[:, None]
         np.divide(block, np.where(norms == 0, 1, norms), out=into[start : start + BLOCK])
     return result

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from helpers import gguf_path, python
+from helpers import DATA, gguf_path, python
 
 from llamacrab import Llama
 
@@ -134,13 +134,69 @@ def test_a_text_too_long_is_one_line_unless_truncated(tmp_path):
     assert run(*arguments, "--truncate", stdin="short\n" + "crab " * 500).returncode == 0
 
 
-def test_a_line_that_cannot_be_read_is_named(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"fine\n\xff\xfe\n")
-    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"other": 1}\n')
-    for name in ("a.txt", "a.jsonl"):
-        done = run("embed", tmp_path / name, "-o", tmp_path / "x.npy", "-m", MODEL)
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", b"fine\n\xff\xfe\n"),
+        ("a.jsonl", b'{"text": "fine"}\n{"other": 1}\n'),
+        ("a.jsonl", b'{"text": "fine"}\n\n'),
+        ("a.jsonl", b'{"text": "fine"}\n["text"]\n'),
+        ("a.jsonl", b'{"text": "fine"}\n{"text": [7, 8]}\n'),
+    ],
+)
+def test_a_line_that_cannot_be_read_is_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    done = run("embed", tmp_path / name, "-o", tmp_path / "x.npy", "-m", MODEL)
+    assert done.returncode == 1
+    assert "line 2" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_half_of_a_surrogate_pair_in_json_is_written_as_the_replacement_character(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"text": "a\\ud800b"}\n')
+    done = run("embed", tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl", "-m", MODEL)
+    assert done.returncode == 0, done.stderr
+    row = json.loads((tmp_path / "out.jsonl").read_text(encoding="utf-8"))
+    assert row["text"] == "a\ufffdb"
+    assert "a\ufffdb" in run("search", tmp_path / "in.jsonl", "a", "-m", MODEL).stdout
+
+
+def test_a_folder_that_is_not_there_is_noticed_before_anything_is_computed(tmp_path):
+    done = run("embed", "-", "-o", tmp_path / "none" / "x.npy", "-m", "none.gguf", stdin="a\n")
+    assert done.returncode == 2
+    assert "there is no folder" in done.stderr
+
+
+def test_vectors_of_another_corpus_or_model_are_refused(source, tmp_path):
+    path = tmp_path / "rows.npy"
+    arguments = ("search", source, "a", "-m", MODEL, "--vectors", path)
+    for shape in ((3, 32), (4, 31), (32,)):
+        np.save(path, np.ones(shape, np.float32))
+        done = run(*arguments)
         assert done.returncode == 1
-        assert "line 2" in done.stderr
+        assert str(shape) in done.stderr
+    path.write_text("no array")
+    assert run(*arguments).returncode == 1
+    np.save(path, np.eye(4, 32, dtype=np.int8))
+    assert len(run(*arguments).stdout.splitlines()) == 4
+
+
+def test_an_empty_file_gives_no_rows(tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    assert run("embed", tmp_path / "empty.txt", "-o", tmp_path / "x.npy", "-m", MODEL).stdout == ""
+    assert np.load(tmp_path / "x.npy").shape == (0, 32)
+
+
+def test_convert_and_fetch_say_where_the_model_is(tmp_path):
+    path = tmp_path / "model.gguf"
+    done = run("convert", DATA / "tiny-bert-hf", "-o", path, "--outtype", "f32")
+    assert done.stdout.strip() == str(path)
+    assert "bert" in run("info", path).stdout
+    done = run("convert", tmp_path, "-o", path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "lacks config.json" in done.stderr
+    done = run("fetch")
+    assert "all-MiniLM-L6-v2-bf16.gguf" in done.stdout
 
 
 def test_without_click_one_line_names_the_extra():

@@ -32,6 +32,14 @@ def test_normalizing_gives_rows_of_length_one_and_leaves_zeros(vectors):
     assert similarity.normalize(vectors[1]).shape == (16,)
 
 
+@pytest.mark.parametrize("kind", [np.int8, np.int32, np.uint64, np.float16, np.float32, np.float64])
+def test_vectors_of_any_number_are_compared(kind):
+    vectors = np.array([[100, 0], [100, 100], [0, 7]], dtype=kind)
+    scores, indices = similarity.semantic_search(vectors[0], vectors, 3)
+    np.testing.assert_array_equal(indices, [[0, 1, 2]])
+    np.testing.assert_allclose(scores, [[1, 0.5**0.5, 0]], atol=1e-6)
+
+
 @pytest.mark.parametrize("block", [1, 7, 500, 10_000])
 @pytest.mark.parametrize("top_k", [1, 10, 1000])
 def test_the_nearest_rows_are_found_whatever_the_blocks(vectors, block, top_k, monkeypatch):
