@@ -211,6 +211,7 @@ class Encoder:
         suffix: Sequence[int] | None = None,
         lead: str = "",
         trail: str = "",
+        text_only: bool = False,
     ) -> None: ...
     @property
     def vocab(self) -> Vocab: ...

@@ -18,14 +18,19 @@ cdef class Encoder:
         Ids before and after a text; by default those that the model was trained with.
     lead, trail : str
         Text before and after, split into tokens together with the text.
+    text_only : bool
+        Refuse token ids, around which nothing of this can be put.
     """
 
     cdef native.encoding _native
+    cdef bint _text_only
     cdef readonly Vocab vocab
 
     def __init__(self, Vocab vocab not None, *, int limit, bint truncate=False,
-                 bint parse_special=False, prefix=None, suffix=None, str lead="", str trail=""):
+                 bint parse_special=False, prefix=None, suffix=None, str lead="", str trail="",
+                 bint text_only=False):
         self.vocab = vocab
+        self._text_only = text_only
         self._native.vocab = vocab._ptr
         self._native.limit = limit
         self._native.truncate = truncate
@@ -75,16 +80,19 @@ cdef class Encoder:
 
     cdef encode_ids(self, ids, int64_t index):
         """Check ids that the user gave, and cut them as a text would be cut."""
-        if isinstance(ids, (bytes, bytearray)) or not hasattr(ids, "__len__"):
-            raise InputError(
-                f"text {index} is {type(ids).__name__}, not str or a sequence of token ids"
-            )
+        if (self._text_only or isinstance(ids, (bytes, bytearray, memoryview))
+                or not hasattr(ids, "__len__")):
+            or_ids = "" if self._text_only else " or a sequence of token ids"
+            raise InputError(f"text {index} is {type(ids).__name__}, not str{or_ids}")
         cdef const int32_t[::1] view
-        array = as_token_ids(ids)
+        try:
+            array = as_token_ids(ids)
+            view = array
+            self.vocab.check_ids(view)
+        except InputError as error:
+            raise InputError(f"text {index}: {error}") from None
         if len(array) == 0:
             raise EmptyInputError(f"text {index} has no tokens")
-        view = array
-        self.vocab.check_ids(view)
         cdef int64_t limit = self._native.limit
         if len(array) <= limit:
             return array

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llamacrab._core import Encoder
-from llamacrab.errors import UnsupportedModelError
+from llamacrab.errors import InputError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from llamacrab._core import Model, Vocab
@@ -31,11 +31,15 @@ class PairTemplate:
 
     Raises
     ------
+    InputError
+        The query is no str.
     UnsupportedModelError
         The GGUF's template does not hold ``{document}`` exactly once.
     """
 
     def __init__(self, model: Model, query: str) -> None:
+        if not isinstance(query, str):
+            raise InputError(f"the query is {type(query).__name__}, not str")
         self._vocab = vocab = model.vocab
         template = model.chat_template("rerank")
         # A pair is: head, then the tokens of lead + document + trail, then tail. Lead and trail are
@@ -73,6 +77,7 @@ class PairTemplate:
             suffix=self._tail,
             lead=self._lead,
             trail=self._trail,
+            text_only=True,
         )
 
 

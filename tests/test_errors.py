@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import gguf
 import numpy as np
 import pytest
-from helpers import EMBEDDERS, RERANKERS, TEXTS, check_python, gguf_path
+from helpers import EMBEDDERS, RERANKERS, TEXTS, check_python, gguf_path, rewrite_gguf
 
 from llamacrab import Batch, Context, Llama, LlamaError, Model, PoolingType, errors
+
+ARRAY, FLOAT32, UINT32 = (
+    gguf.GGUFValueType.ARRAY,
+    gguf.GGUFValueType.FLOAT32,
+    gguf.GGUFValueType.UINT32,
+)
+TOKENS = "tokenizer.ggml.tokens"
 
 
 def test_a_missing_file_is_a_file_not_found_error(tmp_path):
@@ -34,8 +42,9 @@ def test_a_gguf_cut_short_anywhere_is_corrupt(tmp_path):
     path = tmp_path / "model.gguf"
     for size in [4, 8, 24, *rng.integers(24, len(whole) - 1, size=60)]:
         path.write_bytes(whole[:size])
-        with pytest.raises(errors.ModelCorruptError):
-            Model(path)
+        for use_mmap in (True, False):
+            with pytest.raises(errors.ModelCorruptError, match=r"model\.gguf"):
+                Model(path, use_mmap=use_mmap)
 
 
 def test_a_damaged_header_never_ends_the_process(tmp_path):
@@ -60,6 +69,96 @@ assert refused > 100, refused
         gguf_path("tiny-bert"),
         tmp_path / "broken.gguf",
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "message"),
+    [
+        ("tiny-bert", "bert.block_count", (0, UINT32), "0 layers"),
+        ("tiny-bert", "bert.block_count", (513, UINT32), "513 layers"),
+        ("tiny-bert", "bert.attention.layer_norm_epsilon", (-1.0, FLOAT32), "epsilon is -1"),
+        ("tiny-llama", "llama.attention.layer_norm_rms_epsilon", (np.nan, FLOAT32), "is nan"),
+    ],
+)
+def test_values_that_llama_cpp_asserts_on_are_corrupt(tmp_path, name, key, value, message):
+    path = rewrite_gguf(gguf_path(name), tmp_path / "model.gguf", {key: value})
+    with pytest.raises(errors.ModelCorruptError, match=message):
+        Model(path)
+
+
+def test_a_token_that_comes_twice_is_corrupt(tmp_path):
+    tokens = gguf.GGUFReader(gguf_path("tiny-bert")).fields[TOKENS].contents()
+    tokens[50] = tokens[60]
+    path = rewrite_gguf(gguf_path("tiny-bert"), tmp_path / "model.gguf", {TOKENS: (tokens, ARRAY)})
+    with pytest.raises(errors.ModelCorruptError, match="twice"):
+        Model(path)
+
+
+def test_a_matrix_of_integers_is_corrupt(tmp_path):
+    tensors = {"blk.0.attn_q.weight": np.ones((32, 32), dtype=np.int32)}
+    path = rewrite_gguf(gguf_path("tiny-bert"), tmp_path / "model.gguf", tensors=tensors)
+    with pytest.raises(errors.ModelCorruptError, match=r"blk\.0\.attn_q\.weight holds integers"):
+        Model(path)
+
+
+@pytest.mark.parametrize("missing", ["blk.1.attn_q.weight", "bert.embedding_length"])
+def test_what_a_file_lacks_is_named(tmp_path, missing):
+    path = rewrite_gguf(gguf_path("tiny-bert"), tmp_path / "model.gguf", drop=(missing,))
+    with pytest.raises(errors.ModelCorruptError, match=missing.replace(".", r"\.")):
+        Model(path)
+
+
+def test_an_unknown_architecture_is_unsupported(tmp_path):
+    length = b"\x04\0\0\0\0\0\0\0"
+    data = gguf_path("tiny-bert").read_bytes().replace(length + b"bert", length + b"brrt")
+    path = tmp_path / "model.gguf"
+    path.write_bytes(data)
+    with pytest.raises(errors.UnsupportedModelError, match="brrt"):
+        Model(path)
+
+
+def test_weights_that_are_not_finite_give_a_numerical_error(tmp_path):
+    tensors = {"blk.1.attn_q.weight": np.full((32, 32), np.nan, dtype=np.float32)}
+    path = rewrite_gguf(gguf_path("tiny-bert"), tmp_path / "model.gguf", tensors=tensors)
+    with Llama(path) as llama, pytest.raises(errors.NumericalError, match="NaN") as info:
+        llama.embed_texts(["one", "two"])
+    assert info.value.index in (0, 1)
+    with pytest.raises(errors.ModelCorruptError, match="invalid data"):
+        Model(path, check_tensors=True)
+
+
+def test_a_text_for_which_a_vocabulary_has_no_tokens_is_an_input_error(tmp_path):
+    reader = gguf.GGUFReader(gguf_path("tiny-llama"))
+    tokens = reader.fields[TOKENS].contents()
+    spelled = [f"no{token}" if token.startswith("<0x") else token for token in tokens]
+    path = rewrite_gguf(
+        gguf_path("tiny-llama"), tmp_path / "model.gguf", {TOKENS: (spelled, ARRAY)}
+    )
+    with Llama(path) as llama:
+        assert llama.embed("the").shape == (32,)
+        with pytest.raises(errors.InputError, match=r"text 1: .* has no token"):
+            llama.embed_texts(["the", "\x01"])
+        with pytest.raises(errors.InputError, match="has no token"):
+            llama.model.vocab.tokenize("\x01")
+
+
+@pytest.mark.parametrize("name", ["tiny-bert", "tiny-llama"])
+def test_sizes_that_no_memory_can_hold_are_an_allocation_error(load, name):
+    # The mask of attention alone would take two terabytes.
+    with pytest.raises(MemoryError, match=r"n_ubatch=1048576.*allocate") as info:
+        Context(load(name).model, n_ubatch=2**20)
+    assert isinstance(info.value, errors.AllocationError)
+
+
+@pytest.mark.parametrize("path", [None, 3, object(), [1]])
+def test_what_is_no_path_is_a_type_error(path):
+    with pytest.raises(TypeError):
+        Model(path)
+
+
+def test_a_path_with_nul_in_it_is_a_model_error():
+    with pytest.raises(errors.ModelError, match="null"):
+        Model("a\0b.gguf")
 
 
 def test_an_encoder_decoder_is_refused():
@@ -125,10 +224,27 @@ def test_what_is_neither_text_nor_ids_is_an_input_error(load, wrong):
         load("tiny-bert").embed_texts(["a crab", wrong])
 
 
-@pytest.mark.parametrize("ids", [[-1], [605], [2**31], [2**40], [-(2**70)]])
-def test_ids_outside_the_vocabulary_are_an_input_error(load, ids):
+@pytest.mark.parametrize("ids", [[-1], [605], [2**31], [2**40], [-(2**70)], [[1], [2, 3]], [True]])
+def test_ids_outside_the_vocabulary_are_an_input_error_that_names_the_text(load, ids):
     with pytest.raises(errors.InputError, match=r"range\(605\)|32 bits|integers"):
         load("tiny-bert").embed(ids)
+    with pytest.raises(errors.InputError, match="text 2: "):
+        load("tiny-bert").embed_texts(["a", [604], ids])
+
+
+@pytest.mark.parametrize("wrong", [None, 7, b"bytes", memoryview(b"bytes"), iter("ab")])
+def test_what_is_no_text_is_named(load, wrong):
+    with pytest.raises(errors.InputError, match=f"text 1 is {type(wrong).__name__}, not str"):
+        load("tiny-bert").embed_texts(["a crab", wrong])
+
+
+def test_an_error_in_the_middle_tells_which_rows_are_done(load):
+    with pytest.raises(errors.InputError, match="text 1000") as info:
+        load("tiny-bert").embed_texts([*(f"text {i}" for i in range(1000)), [10**6]])
+    rows, done = info.value.rows, info.value.done
+    assert rows.shape == (1001, 32)
+    assert not done[1000]
+    np.testing.assert_array_equal(done, np.linalg.norm(rows, axis=1) > 0.5)
 
 
 def test_no_ids_are_an_empty_input_error(load):

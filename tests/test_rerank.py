@@ -93,3 +93,13 @@ def test_pairs_of_a_model_without_template_are_those_of_llama_server(load):
         document = vocab.tokenize("document", add_special=False).tolist()
         bos, eos, sep = vocab.bos, vocab.eos, vocab.sep
         assert ids == [bos, *query, eos, sep, *document, eos]
+
+
+@pytest.mark.parametrize("wrong", [None, 3, b"bytes", [1, 2, 3]])
+@pytest.mark.parametrize("name", RERANKERS)
+def test_a_query_or_document_that_is_no_text_is_refused(load, name, wrong):
+    kind = type(wrong).__name__
+    with pytest.raises(errors.InputError, match=f"the query is {kind}, not str"):
+        load(name).rerank(wrong, ["document"])
+    with pytest.raises(errors.InputError, match=f"text 1 is {kind}, not str"):
+        load(name).rerank("query", ["document", wrong])
