@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gguf
 import numpy as np
 import pytest
-from helpers import EMBEDDERS, check_python, cosines, gguf_path
+from helpers import EMBEDDERS, check_python, cosines, gguf_path, rewrite_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -102,3 +103,50 @@ with Llama(sys.argv[1]) as llama:
         gguf_path(name),
         timeout=280,
     )
+
+
+@pytest.mark.parametrize("splitter", ["default", "deepseek-llm", "tekken", "bloom"])
+def test_stretches_without_a_break_do_not_overflow_the_stack(tmp_path, splitter):
+    # These split by std::regex, which recurses once a character: 25,000 ended the process.
+    path = rewrite_gguf(
+        gguf_path("tiny-qwen3"),
+        tmp_path / "model.gguf",
+        {"tokenizer.ggml.pre": (splitter, gguf.GGUFValueType.STRING)},
+    )
+    check_python(
+        """
+import sys, threading
+from llamacrab import Llama
+
+def work():
+    with Llama(sys.argv[1]) as llama:
+        for piece in ("a", "A", " ", "\\n", "\\t ", "7", "!", "\\u6c34", "a\\u0301", "\\x1ca"):
+            row = llama.embed(piece * 60_000, truncate=True)
+            assert row.shape == (32,), piece
+
+work()
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+print("done")
+""",
+        path,
+    )
+
+
+def test_a_cut_stretch_has_the_tokens_of_the_whole_where_punctuation_breaks_it(load):
+    vocab = load("tiny-qwen3").model.vocab
+    sentence = "\u7a7a\u6c14\u5728\u6c34\u4e0a\uff0cthe-crab\u3002"
+    once = vocab.tokenize(sentence * 100, add_special=False)
+    many = vocab.tokenize(sentence * 5000, add_special=False)
+    np.testing.assert_array_equal(many, np.tile(once, 50))
+
+
+def test_long_texts_of_bytes_have_the_tokens_of_the_whole(load):
+    # SPM: above 64 KiB the text is cut, unless special tokens are to be read in it.
+    vocab = load("tiny-llama").model.vocab
+    rng = np.random.default_rng(0)
+    for letters in ("\n", "\u6c34", "ab \n\u6c34\U0001f980\u2581", "the crab \n"):
+        text = "".join(rng.choice(list(letters), size=90_000))
+        whole = vocab.tokenize(text, parse_special=True)
+        np.testing.assert_array_equal(vocab.tokenize(text), whole)
