@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers import EMBEDDERS, TEXTS, check_python, cosines, gguf_path
+from helpers import EMBEDDERS, RERANKERS, TEXTS, check_python, cosines, gguf_path
 
-from llamacrab import Llama
+from llamacrab import Llama, PoolingType
 
 
 def mixed(n: int) -> list[str]:
@@ -41,6 +41,61 @@ def test_the_size_of_packs_does_not_change_rows(load, pack_tokens, n_seq_max):
         rows = llama.embed_texts(TEXTS[:80], truncate=True)
         assert llama.recent_packs()["n_texts"].max() <= n_seq_max
     assert cosines(rows, expected).min() >= 0.9999
+
+
+@pytest.mark.parametrize("pooling", [PoolingType.MEAN, PoolingType.CLS, PoolingType.LAST])
+@pytest.mark.parametrize("name", EMBEDDERS)
+def test_every_pooling_gives_packed_rows_that_equal_rows_alone(load, name, pooling):
+    llama = load(name, pooling)
+    texts = mixed(90)
+    alone = np.array([llama.embed(text, truncate=True) for text in texts])
+    packed = llama.embed_texts(texts, truncate=True, dedup=False)
+    assert cosines(packed, alone).min() >= 0.9999
+    # Rows that are all alike would not show an order that is lost; only the first token of a
+    # causal model has nothing before it to tell texts apart.
+    if pooling != PoolingType.CLS or name in ("tiny-bert", "tiny-xlmr"):
+        assert len(np.unique(alone.round(3), axis=0)) > 80
+
+
+@pytest.mark.parametrize("name", ["tiny-bert", "tiny-xlmr", "tiny-llama"])
+def test_packed_rows_of_tokens_equal_rows_alone(load, name):
+    llama = load(name, PoolingType.NONE)
+    texts = mixed(50)
+    for text, rows in zip(texts, llama.embed_texts(texts, truncate=True), strict=True):
+        alone = llama.embed(text, truncate=True)
+        assert rows.shape == alone.shape
+        assert cosines(rows, alone).min() >= 0.999
+
+
+@pytest.mark.parametrize("name", RERANKERS)
+def test_packed_scores_equal_scores_alone(load, name):
+    llama = load(name)
+    documents = mixed(60)
+    alone = [llama.rerank("a crab", [document], truncate=True)[0] for document in documents]
+    scores = llama.rerank("a crab", documents, truncate=True)
+    np.testing.assert_allclose(scores, alone, atol=0.02)
+    assert len(np.unique(np.round(alone, 4))) > 40
+
+
+@pytest.mark.parametrize("n_ubatch", [128, 129, 255, 333])
+@pytest.mark.parametrize(
+    ("name", "pooling"), [("tiny-bert", 1), ("tiny-llama", 1), ("tiny-xlmr", 2)]
+)
+def test_odd_sizes_of_a_ubatch_do_not_change_rows(load, name, pooling, n_ubatch):
+    texts = [text[:60] for text in mixed(60)]
+    expected = load(name, PoolingType.MEAN).embed_texts(texts)
+    for n_seq_max in (1, 5, 48, 255):
+        with Llama(
+            gguf_path(name),
+            n_ctx=128,
+            n_ubatch=n_ubatch,
+            n_seq_max=n_seq_max,
+            n_contexts=1,
+            n_threads=1,
+            pooling_type=PoolingType.MEAN,
+        ) as llama:
+            rows = llama.embed_texts(texts)
+        assert cosines(rows, expected).min() >= 0.9999, n_seq_max
 
 
 def test_no_combination_of_sizes_ends_the_process():
