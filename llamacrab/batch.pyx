@@ -23,8 +23,9 @@ cdef class Batch:
     cdef dict _next_pos
 
     def __cinit__(self, int n_tokens):
-        if n_tokens < 1:
-            raise ContextError(f"a batch must have room for at least 1 token, not {n_tokens}")
+        # llama.cpp allocates token by token, and does not look whether it got the memory.
+        if not 1 <= n_tokens <= 2**24:
+            raise ContextError(f"a batch has room for 1 to 2**24 tokens, not {n_tokens}")
         self._batch = c.llama_batch_init(n_tokens, 0, 1)
         self.capacity = n_tokens
         self._next_pos = {}

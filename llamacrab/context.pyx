@@ -22,6 +22,8 @@ cdef class _ContextHandle:
 cdef class Context:
     """The state that computes with a model. For one thread at a time; several may share a model.
 
+    A second thread that uses it meanwhile gets a `ContextError`.
+
     Parameters
     ----------
     model : Model
@@ -65,6 +67,7 @@ cdef class Context:
     cdef readonly int n_pos_max  #: positions that a sequence may have
     cdef readonly int n_out  #: width of a row
     cdef readonly bint is_causal, has_memory
+    cdef bint _busy  # a thread is inside llama.cpp with it
     cdef dict _decoded  # seq_id -> number of tokens, of the last decode
     cdef int _n_decoded
 
@@ -140,13 +143,21 @@ cdef class Context:
         self._decoded = {}
         self._handle = handle
 
-    cdef _ContextHandle handle(self):
-        cdef _ContextHandle handle
+    cdef _ContextHandle enter(self):
+        """Take the context for this thread: llama.cpp would crash with two inside."""
         with cython.critical_section(self):
-            handle = self._handle
-        if handle is None:
-            raise ClosedError("the context is closed")
-        return handle
+            if self._handle is None:
+                raise ClosedError("the context is closed")
+            if self._busy:
+                raise ContextError(
+                    "another thread is using this context: make one for each thread, of one model"
+                )
+            self._busy = True
+            return self._handle
+
+    cdef void leave(self):
+        with cython.critical_section(self):
+            self._busy = False
 
     def close(self):
         """Free the context once no call is using it."""
@@ -193,11 +204,17 @@ cdef class Context:
         InputError
             The batch is empty, or holds an id, `seq_id` or position that this model cannot take.
         ContextError
-            The batch is larger than this context.
+            The batch is larger than this context, or another thread is using it.
         DecodeError
             llama.cpp failed; the message holds its own words.
         """
-        cdef _ContextHandle handle = self.handle()
+        cdef _ContextHandle handle = self.enter()
+        try:
+            self._decode(handle, batch)
+        finally:
+            self.leave()
+
+    cdef int _decode(self, _ContextHandle handle, Batch batch) except -1:
         self._decoded = {}
         self._n_decoded = 0
         self._check(batch)
@@ -219,12 +236,16 @@ cdef class Context:
             raise DecodeError(code, _native_errors())
         self._decoded = dict(batch._next_pos)
         self._n_decoded = batch.n_tokens
+        return 0
 
     def clear(self):
         """Forget what earlier batches left in the memory of a causal model."""
-        cdef _ContextHandle handle = self.handle()
-        if self.has_memory:
-            c.llama_memory_clear(c.llama_get_memory(handle.ptr), False)
+        cdef _ContextHandle handle = self.enter()
+        try:
+            if self.has_memory:
+                c.llama_memory_clear(c.llama_get_memory(handle.ptr), False)
+        finally:
+            self.leave()
 
     def seq_row(self, int seq_id):
         """Return the pooled row of a sequence of the last batch: float32, shape (n_out,)."""
@@ -232,7 +253,7 @@ cdef class Context:
         self.copy_seq_row(seq_id, row)
         return row
 
-    def copy_seq_row(self, int seq_id, float[::1] out):
+    def copy_seq_row(self, int seq_id, float[::1] out not None):
         """Write the pooled row of a sequence of the last batch into `out`.
 
         Returns
@@ -240,7 +261,13 @@ cdef class Context:
         bool
             Whether every value is finite.
         """
-        cdef _ContextHandle handle = self.handle()
+        cdef _ContextHandle handle = self.enter()
+        try:
+            return self._copy_seq_row(handle, seq_id, out)
+        finally:
+            self.leave()
+
+    cdef object _copy_seq_row(self, _ContextHandle handle, int seq_id, float[::1] out):
         if self.pooling_type == PoolingType.NONE:
             raise PoolingError("pooling NONE gives rows of tokens, not of sequences: token_rows()")
         if seq_id not in self._decoded:
@@ -267,7 +294,13 @@ cdef class Context:
         PoolingError
             This context pools: it keeps a row for every sequence only.
         """
-        cdef _ContextHandle handle = self.handle()
+        cdef _ContextHandle handle = self.enter()
+        try:
+            return self._token_rows(handle, start, stop)
+        finally:
+            self.leave()
+
+    cdef object _token_rows(self, _ContextHandle handle, int start, stop):
         if self.pooling_type != PoolingType.NONE:
             raise PoolingError(
                 f"pooling {self.pooling_type.name} keeps a row a sequence; rows of tokens need NONE"

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from helpers import TEXTS, cosines, gguf_path
+from helpers import TEXTS, check_python, cosines, gguf_path
 
 from llamacrab import Batch, Context, Model, PoolingType, VocabType, errors
 
@@ -163,6 +163,85 @@ def test_contexts_of_one_model_compute_in_threads(bert):
         thread.join()
     for rows in results[1:]:
         assert np.array_equal(rows, results[0])
+
+
+@pytest.mark.parametrize("name", ["tiny-bert", "tiny-qwen3"])
+def test_a_second_thread_in_a_context_is_refused_and_the_first_goes_on(name):
+    # llama.cpp itself crashes.
+    check_python(
+        """
+import sys, threading
+from llamacrab import Batch, Context, Model
+from llamacrab.errors import ContextError
+
+context = Context(Model(sys.argv[1]), n_seq_max=4, n_threads=1)
+refused = []
+
+def work(k):
+    batch = Batch(256)
+    for i in range(300):
+        batch.clear()
+        for seq_id in range(1 + (i + k) % 4):
+            batch.add(seq_id, [30] * (3 + (7 * i + 13 * k) % 30))
+        try:
+            context.clear()
+            context.decode(batch)
+            context.seq_row(0)
+        except ContextError as error:
+            refused.append(str(error))
+        except ValueError:
+            pass  # what the other thread has decoded meanwhile has no such sequence
+
+threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+assert any("another thread is using this context" in line for line in refused)
+work(0)
+""",
+        gguf_path(name),
+    )
+
+
+@pytest.mark.parametrize("size", [0, -1, 2**24 + 1, 2**31 - 1])
+def test_a_batch_of_a_size_that_memory_cannot_hold_is_refused(size):
+    with pytest.raises(errors.ContextError, match=f"1 to 2\\*\\*24 tokens, not {size}"):
+        Batch(size)
+
+
+@pytest.mark.parametrize("row", [np.empty(32), np.empty((4, 32), np.float32), [0.0] * 32, None])
+def test_a_row_is_written_into_float32_only(bert, row):
+    batch = Batch(8)
+    batch.add(0, [2, 7, 3])
+    with Context(bert) as context:
+        context.decode(batch)
+        with pytest.raises((ValueError, TypeError)):
+            context.copy_seq_row(0, row)
+        kept = np.zeros((32, 2), np.float32)[:, 0]
+        with pytest.raises(ValueError, match="contiguous"):
+            context.copy_seq_row(0, kept)
+        whole = np.zeros((2, 32), np.float32)
+        assert context.copy_seq_row(0, whole[1]) is True
+        np.testing.assert_array_equal(whole[1], context.seq_row(0))
+        assert not whole[0].any()
+
+
+def test_sequences_of_a_causal_model_go_on_side_by_side(qwen):
+    ids = [qwen.vocab.tokenize(text)[:40] for text in TEXTS[100:103]]
+    with Context(qwen, n_ctx=256, n_seq_max=3, n_threads=1) as context:
+        batch = Batch(256)
+        for start, stop in ((0, 7), (7, 8), (8, 40)):
+            batch.clear()
+            for seq_id, row in enumerate(ids):
+                if len(row[start:stop]):
+                    batch.add(seq_id, row[start:stop], pos=start)
+            context.decode(batch)
+        parts = [context.seq_row(seq_id) for seq_id in range(3)]
+        for seq_id, row in enumerate(ids):
+            context.clear()
+            batch.clear()
+            batch.add(0, row)
+            context.decode(batch)
+            assert cosines(context.seq_row(0), parts[seq_id]) > 0.9999
 
 
 def test_other_threads_run_while_a_context_decodes(minilm):
