@@ -149,10 +149,15 @@ cdef class Vocab:
                 ids.push_back(token)
         return _int32_array(ids.data(), ids.size())
 
-    cdef int check_text(self, str text) except -1:
-        """Refuse what llama_tokenize cannot take."""
+    cdef int check_there(self) except -1:
+        """Refuse a GGUF that holds no vocabulary: llama.cpp asserts on most questions to it."""
         if self.vocab_type == VocabType.NONE:
             raise UnsupportedModelError("this GGUF has no vocabulary: pass token ids")
+        return 0
+
+    cdef int check_text(self, str text) except -1:
+        """Refuse what llama_tokenize cannot take."""
+        self.check_there()
         # Four bytes a character at most, and half as much again for decomposed Hangul.
         if len(text) > 2**31 // 6:
             raise InputError(f"a text of {len(text)} characters is more than llama.cpp can take")
@@ -179,6 +184,7 @@ cdef class Vocab:
         cdef int32_t n_ids = <int32_t>ids.shape[0]
         cdef string text
         cdef int32_t size
+        self.check_there()
         if n_ids == 0:
             return ""
         self.check_ids(ids)
@@ -195,6 +201,7 @@ cdef class Vocab:
 
     def token_to_piece(self, int token, *, bint special=True):
         """Return the bytes that one token stands for."""
+        self.check_there()
         if not 0 <= token < self.n_tokens:
             raise InputError(f"token id {token} is not in range({self.n_tokens})")
         cdef string piece
@@ -209,6 +216,7 @@ cdef class Vocab:
 
     def is_control(self, int token):
         """Return whether a token is special: it steers the model and stands for no text."""
+        self.check_there()
         if not 0 <= token < self.n_tokens:
             raise InputError(f"token id {token} is not in range({self.n_tokens})")
         return bool(c.llama_vocab_is_control(self._ptr, token))

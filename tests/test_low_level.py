@@ -5,9 +5,10 @@ from __future__ import annotations
 import threading
 import time
 
+import gguf
 import numpy as np
 import pytest
-from helpers import TEXTS, check_python, cosines, gguf_path
+from helpers import TEXTS, check_python, cosines, gguf_path, rewrite_gguf
 
 from llamacrab import Batch, Context, Model, PoolingType, VocabType, errors
 
@@ -50,6 +51,46 @@ def test_a_vocabulary_splits_and_joins(bert, qwen):
         bert.vocab.token_to_piece(len(bert.vocab))
     with pytest.raises(errors.InputError, match="range"):
         bert.vocab.detokenize([len(bert.vocab)])
+
+
+def test_a_model_without_a_vocabulary_takes_token_ids_only(tmp_path):
+    fields = gguf.GGUFReader(gguf_path("tiny-llama")).fields
+    n_tokens = len(fields["tokenizer.ggml.tokens"].data)
+    path = rewrite_gguf(
+        gguf_path("tiny-llama"),
+        tmp_path / "model.gguf",
+        {
+            "tokenizer.ggml.model": ("no_vocab", gguf.GGUFValueType.STRING),
+            "llama.vocab_size": (n_tokens, gguf.GGUFValueType.UINT32),
+        },
+        drop=tuple(key for key in fields if key.startswith("tokenizer.")),
+    )
+    # In a process of its own: llama.cpp asserts.
+    check_python(
+        """
+import sys
+from llamacrab import Llama
+from llamacrab.errors import UnsupportedModelError
+with Llama(sys.argv[1]) as llama:
+    assert llama.embed([3, 4, 5]).shape == (32,)
+    vocab = llama.model.vocab
+    calls = [
+        lambda: llama.embed("text"),
+        lambda: vocab.tokenize("text"),
+        lambda: vocab.detokenize([3]),
+        lambda: vocab.token_to_piece(3),
+        lambda: vocab.is_control(3),
+    ]
+    for call in calls:
+        try:
+            call()
+        except UnsupportedModelError as error:
+            assert "pass token ids" in str(error)
+        else:
+            raise AssertionError(call)
+""",
+        path,
+    )
 
 
 def test_sequences_of_a_batch_have_their_own_rows(bert):
