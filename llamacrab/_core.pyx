@@ -19,6 +19,7 @@ from libcpp.vector cimport vector
 from llamacrab cimport llama as c
 from llamacrab cimport native
 
+import _thread
 import atexit
 import concurrent.futures
 import enum

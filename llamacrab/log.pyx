@@ -15,9 +15,11 @@ _LOG_LEVELS = {
 cdef void _log_sink(int level, const char *line) noexcept with gil:
     try:
         _logger.log(_LOG_LEVELS[level], "%s", line.decode("utf-8", "replace"))
-    except BaseException as error:
-        # A handler that raises must not unwind through C++; logging shows its own errors.
-        _logger.debug("a log handler raised %r", error)
+    except KeyboardInterrupt:
+        _thread.interrupt_main()  # raised again where it can unwind
+    except BaseException:
+        # A handler that raises must not unwind through C++, nor be asked to log that it did.
+        pass
 
 
 def sync_log_level():

@@ -88,6 +88,7 @@ cdef class Model:
                 handle.ptr = c.llama_model_load_from_file(chars, params)
         except MemoryError:
             raise AllocationError(f"not enough memory to load {self.path}") from None
+        PyErr_CheckSignals()  # loading may have taken long
         if handle.ptr == NULL:
             raise _load_error(self.path, _native_errors())
         if c.llama_model_has_encoder(handle.ptr) and c.llama_model_has_decoder(handle.ptr):

@@ -46,15 +46,25 @@ def test_lines_come_from_any_thread(caplog):
     assert {record.threadName for record in caplog.records} == {thread.name}
 
 
-def test_a_handler_that_raises_does_no_harm():
+def test_lines_come_from_the_threads_of_the_scheduler(caplog):
+    with caplog.at_level(logging.DEBUG, logger="llamacrab"), Llama(gguf_path("tiny-bert")) as llama:
+        caplog.clear()
+        llama.embed("a crab")
+        lines = list(caplog.records)
+    assert lines
+    assert threading.current_thread().name not in {record.threadName for record in lines}
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, SystemExit])
+def test_a_handler_that_raises_does_no_harm(kind):
     class Broken(logging.Handler):
         def emit(self, record):
-            raise RuntimeError("broken handler")
+            raise kind("broken handler")
 
     logger = logging.getLogger("llamacrab")
-    handler = Broken(level=logging.INFO)
+    handler = Broken(level=logging.DEBUG)
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.DEBUG)
     try:
         with Llama(gguf_path("tiny-bert")) as llama:
             assert llama.embed("a crab").shape == (32,)
@@ -69,3 +79,75 @@ def test_llama_cpp_s_own_words_are_in_the_exception(tmp_path):
     path.write_bytes(whole[:-1000])
     with pytest.raises(errors.ModelCorruptError, match="not within the file bounds"):
         Model(path)
+
+
+def test_ctrl_c_while_a_line_is_handled_is_raised_afterwards():
+    done = python(
+        """
+import logging, signal, sys
+from llamacrab import Model
+
+class Pressed(logging.Handler):
+    once = False
+    def emit(self, record):
+        if not self.once:
+            self.once = True
+            signal.raise_signal(signal.SIGINT)
+
+pressed = Pressed()
+logger = logging.getLogger("llamacrab")
+logger.addHandler(pressed)
+logger.setLevel(logging.INFO)
+try:
+    Model(sys.argv[1])
+except KeyboardInterrupt:
+    print("interrupted")
+""",
+        gguf_path("tiny-bert"),
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted\n", "")
+
+
+def test_a_handler_may_use_llamacrab_itself():
+    depth = []
+
+    class Nested(logging.Handler):
+        def emit(self, record):
+            if len(depth) < 3:
+                depth.append(record)
+                with Model(gguf_path("tiny-bert")) as model:
+                    model.vocab.tokenize("a crab")
+
+    logger = logging.getLogger("llamacrab")
+    handler = Nested()
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        with Llama(gguf_path("tiny-bert")) as llama:
+            assert llama.embed("a crab").shape == (32,)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
+    assert len(depth) == 3
+
+
+def test_one_thread_s_errors_are_not_in_another_s_exception(tmp_path):
+    # llama.cpp has one log for the process; what a thread said stays with it.
+    paths = [tmp_path / f"{i}.gguf" for i in range(4)]
+    for i, path in enumerate(paths):
+        path.write_bytes(gguf_path("tiny-bert").read_bytes()[: -1000 * (i + 1)])
+    messages = [set() for _ in paths]
+
+    def work(i):
+        for _ in range(50):
+            with pytest.raises(errors.ModelCorruptError) as info:
+                Model(paths[i])
+            messages[i].add(str(info.value))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [len(said) for said in messages] == [1] * 4
+    assert len(set.union(*messages)) == 4
