@@ -66,12 +66,18 @@ cdef class Scheduler:
                  int64_t queue_tokens=0, bint deterministic=False, **how):
         cdef _SchedulerHandle handle = _SchedulerHandle()
         cdef Context context
+        if n_contexts < 1:
+            raise ContextError(f"n_contexts must be at least 1, not {n_contexts}")
+        if queue_tokens < 0:
+            raise ContextError(f"queue_tokens must not be negative, as {queue_tokens} is")
         self._lock = threading.Lock()
         self.deterministic = deterministic
         self._queue_tokens = queue_tokens
         handle.pid = os.getpid()
         handle.contexts = [Context(model, **how) for _ in range(n_contexts)]
         self._context = handle.contexts[0]
+        if pack_tokens < 1:
+            raise ContextError(f"pack_tokens must be at least 1, not {pack_tokens}")
         handle.ptr = new native.scheduler(
             self._context._handle.model.ptr, self._context.n_out,
             self._limits(pack_tokens, n_contexts))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gguf
 import numpy as np
 import pytest
-from helpers import EMBEDDERS, RERANKERS, TEXTS, check_python, gguf_path, rewrite_gguf
+from helpers import EMBEDDERS, RERANKERS, TEXTS, check_python, gguf_path, python, rewrite_gguf
 
 from llamacrab import Batch, Context, Llama, LlamaError, Model, PoolingType, errors
 
@@ -186,6 +186,27 @@ def test_sizes_that_do_not_fit_each_other_are_refused(sizes, message):
     with Model(gguf_path("tiny-bert")) as model, pytest.raises(ValueError, match=message) as info:
         Context(model, **sizes)
     assert isinstance(info.value, errors.ContextError)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ({"n_contexts": -1}, "n_contexts must be at least 1, not -1"),
+        ({"pack_tokens": -5}, "pack_tokens must be at least 1, not -5"),
+        ({"queue_tokens": -1}, "queue_tokens must not be negative"),
+        ({"n_seq_max": 300}, "n_seq_max must be from 1 to 256, not 300"),
+        ({"n_ubatch": -1}, "n_ubatch must be from 1"),
+        ({"n_threads": -1}, "n_threads must be from 1 to 512, not -1"),
+    ],
+)
+def test_a_llama_refuses_sizes_that_cannot_be(size, message):
+    # In a process of its own, which -1 contexts once ended.
+    done = python(
+        f"import sys; from llamacrab import Llama\nLlama(sys.argv[1], **{size})",
+        gguf_path("tiny-bert"),
+    )
+    assert done.returncode == 1
+    assert f"ContextError: {message}" in done.stderr
 
 
 @pytest.mark.parametrize("name", EMBEDDERS)
