@@ -413,7 +413,9 @@ class Llama:
             The queue is full and `block` is false.
         """
         how = _merge(options, normalize, start_token, truncate, parse_special)
-        single = not isinstance(texts, list) or bool(texts and isinstance(texts[0], int))
+        single = not isinstance(texts, list) or bool(
+            texts and isinstance(texts[0], (int, np.integer))
+        )
         batch = cast("list[Text]", [texts] if single else texts)
         job = self._embed_job(len(batch), how, dedup=dedup)
         try:

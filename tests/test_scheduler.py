@@ -125,6 +125,12 @@ def test_futures_resolve_to_the_rows(tiny, expected):
     assert tiny.submit(TEXTS[:5], truncate=True).result(timeout=60).shape == (5, tiny.n_embd)
 
 
+@pytest.mark.parametrize("kind", [int, np.int64, np.int32])
+def test_a_list_of_ids_is_one_text_whatever_its_integers(tiny, kind):
+    ids = [kind(2), kind(7), kind(3)]
+    assert np.array_equal(tiny.submit(ids).result(timeout=60), tiny.embed(ids))
+
+
 def test_a_cancelled_future_drops_its_texts_and_disturbs_nobody(tiny, expected):
     bulk = tiny.submit(TEXTS[-60:], truncate=True, dedup=False)
     other = tiny.submit(TEXTS[:10], truncate=True)
