@@ -110,6 +110,31 @@ def build(options: dict[str, str], extra: list[str], scratch: Path, downloads: P
     return staged
 
 
+def _writable(cache: Path) -> bool:
+    """Return whether files can be made in a cache; where not, the build goes on without it."""
+    try:
+        for folder in ("builds", "downloads"):
+            (cache / folder).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=cache / folder):
+                pass
+    except OSError:
+        return False
+    return True
+
+
+def _keep(staged: Path, kept: Path) -> Path:
+    """Copy a build into the cache; it appears there whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".new-") as new:
+        whole = Path(new) / "whole"
+        shutil.copytree(staged, whole)
+        try:
+            whole.rename(kept)
+        except OSError:  # another build of the same key was faster
+            if not kept.is_dir():
+                raise
+    return kept
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
@@ -122,26 +147,16 @@ def main() -> None:
 
     options = cmake_options(args)
     scratch = args.scratch.resolve()
-    cache = fetch.helper.cache_dir()
-    try:
-        (cache / "builds").mkdir(parents=True, exist_ok=True)
-    except OSError:  # a home that cannot be written costs the cache, not the build
-        cache = scratch / "cache"
-    kept = cache / "builds" / cache_key(options, args.cmake_arg)
-    if not kept.is_dir():
+    caches = [fetch.helper.cache_dir(), scratch / "cache"]
+    key = cache_key(options, args.cmake_arg)
+    kept = next((c / "builds" / key for c in caches if (c / "builds" / key).is_dir()), None)
+    if kept is None:
+        cache = next(filter(_writable, caches))
         try:
             staged = build(options, args.cmake_arg, scratch, cache / "downloads")
         except fetch.helper.FetchError as error:
             sys.exit(f"llama.cpp: {error}")
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".new-") as new:
-            whole = Path(new) / "whole"
-            shutil.copytree(staged, whole)
-            try:
-                whole.rename(kept)
-            except OSError:  # another build of the same key was faster
-                if not kept.is_dir():
-                    raise
+        kept = _keep(staged, cache / "builds" / key)
     shutil.copytree(kept, args.out, dirs_exist_ok=True, copy_function=shutil.copy)
 
 
