@@ -20,6 +20,9 @@ from pathlib import Path
 
 import fetch
 
+# What a build that travels may use of an x86-64 CPU: those of 2013 and later have it. ggml's own
+# default is the same, but nothing at all under SOURCE_DATE_EPOCH. GGML_NATIVE ignores these.
+PORTABLE_X86 = ("SSE42", "AVX", "AVX2", "BMI2", "FMA", "F16C")
 COMPILER_VARIABLES = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "CUDAARCHS", "SOURCE_DATE_EPOCH")
 
 
@@ -39,10 +42,14 @@ def cmake_options(args: argparse.Namespace) -> dict[str, str]:
         "LLAMA_BUILD_IS_DEV": "OFF",
         "LLAMA_OPENSSL": "OFF",
     }
+    if args.native == "OFF":
+        options |= {f"GGML_{feature}": "ON" for feature in PORTABLE_X86}
     for part in ("COMMON", "TESTS", "TOOLS", "EXAMPLES", "SERVER", "APP"):
         options[f"LLAMA_BUILD_{part}"] = "OFF"
     for backend in ("blas", "cuda", "metal", "vulkan"):
         options[f"GGML_{backend.upper()}"] = "ON" if backend in args.backend else "OFF"
+    if "blas" in args.backend:
+        options["GGML_BLAS_VENDOR"] = "OpenBLAS"  # what meson.build links
     if "metal" in args.backend:
         options["GGML_METAL_EMBED_LIBRARY"] = "ON"
     return options
@@ -82,8 +89,9 @@ def build(options: dict[str, str], extra: list[str], scratch: Path, downloads: P
     """Run CMake in `scratch` and return a folder with the archives, headers and licence."""
     source = fetch.source_tree(scratch / "source", downloads)
     binary = scratch / "build"
-    configure = ["cmake", "-S", source, "-B", binary, "-G", "Ninja", *extra]
+    configure = ["cmake", "-S", source, "-B", binary, "-G", "Ninja"]
     configure += [f"-D{name}={value}" for name, value in options.items()]
+    configure += extra  # the last one wins
     for command in (configure, ["cmake", "--build", binary, "--target", "llama"]):
         if subprocess.run(command, check=False).returncode:
             sys.exit(f"llama.cpp: CMake failed: {' '.join(map(str, command[:5]))} ...")
