@@ -300,6 +300,14 @@ def test_every_backend_is_said_to_be_on_or_off(builder):
     }
 
 
+def test_what_is_said_of_the_options_is_what_holds(builder):
+    extra = ["-DGGML_NATIVE:BOOL=OFF", "-DCMAKE_CXX_FLAGS=-O2 -g", "-Wno-dev", "-DGGML_CUDA_FA=OFF"]
+    said = builder.said(options(builder), extra)
+    assert {"GGML_NATIVE=OFF", "CMAKE_CXX_FLAGS=-O2_-g", "GGML_CUDA_FA=OFF"} <= set(said)
+    assert "GGML_NATIVE=ON" not in said
+    assert all("=" in one and " " not in one for one in said)
+
+
 @pytest.mark.parametrize("variable", ["CC", "CXX", "CFLAGS", "CXXFLAGS", "SOURCE_DATE_EPOCH"])
 def test_a_build_is_kept_for_its_options_and_compiler_only(builder, monkeypatch, variable):
     monkeypatch.delenv(variable, raising=False)

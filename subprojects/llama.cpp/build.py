@@ -55,6 +55,16 @@ def cmake_options(args: argparse.Namespace) -> dict[str, str]:
     return options
 
 
+def said(options: dict[str, str], extra: list[str]) -> list[str]:
+    """Return the options that a bug report needs, as NAME=VALUE without spaces."""
+    all_of_them = {name: value for name, value in options.items() if "GGML" in name}
+    for argument in extra:
+        name, equals, value = argument.removeprefix("-D").partition("=")
+        if argument.startswith("-D") and equals:
+            all_of_them[name.partition(":")[0]] = value
+    return ["_".join(f"{name}={value}".split()) for name, value in all_of_them.items()]
+
+
 def cache_key(options: dict[str, str], extra: list[str]) -> str:
     compiler = subprocess.run(
         [os.environ.get("CXX", "c++").split()[0], "--version"],
@@ -106,12 +116,11 @@ def build(options: dict[str, str], extra: list[str], scratch: Path, downloads: P
         for header in (source / folder).glob("*.h"):
             shutil.copy2(header, staged / "include")
     shutil.copy2(source / "LICENSE", staged / "LICENSE.llama.cpp")
-    said = " ".join(f"{name}={value}" for name, value in options.items() if "GGML" in name)
     definitions = {
         "SOURCE": f"{fetch.PIN['name']} {fetch.PIN['version']}",
         "VERSION": fetch.PIN["llama_version"],
         "COMMIT": fetch.PIN["commit"],
-        "OPTIONS": " ".join([said, *extra]),
+        "OPTIONS": " ".join(said(options, extra)),
     }
     lines = [f"#define LLAMACRAB_LLAMA_{k} {json.dumps(v)}\n" for k, v in definitions.items()]
     (staged / "llamacrab_llama_build.h").write_text("".join(lines))
