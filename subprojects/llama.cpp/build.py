@@ -20,6 +20,9 @@ from pathlib import Path
 
 import fetch
 
+# What a build that travels may use of an x86-64 CPU: those of 2013 and later have it. ggml's own
+# default is the same, but nothing at all under SOURCE_DATE_EPOCH. GGML_NATIVE ignores these.
+PORTABLE_X86 = ("SSE42", "AVX", "AVX2", "BMI2", "FMA", "F16C")
 COMPILER_VARIABLES = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "CUDAARCHS", "SOURCE_DATE_EPOCH")
 
 
@@ -39,13 +42,27 @@ def cmake_options(args: argparse.Namespace) -> dict[str, str]:
         "LLAMA_BUILD_IS_DEV": "OFF",
         "LLAMA_OPENSSL": "OFF",
     }
+    if args.native == "OFF":
+        options |= {f"GGML_{feature}": "ON" for feature in PORTABLE_X86}
     for part in ("COMMON", "TESTS", "TOOLS", "EXAMPLES", "SERVER", "APP"):
         options[f"LLAMA_BUILD_{part}"] = "OFF"
     for backend in ("blas", "cuda", "metal", "vulkan"):
         options[f"GGML_{backend.upper()}"] = "ON" if backend in args.backend else "OFF"
+    if "blas" in args.backend:
+        options["GGML_BLAS_VENDOR"] = "OpenBLAS"  # what meson.build links
     if "metal" in args.backend:
         options["GGML_METAL_EMBED_LIBRARY"] = "ON"
     return options
+
+
+def said(options: dict[str, str], extra: list[str]) -> list[str]:
+    """Return the options that a bug report needs, as NAME=VALUE without spaces."""
+    all_of_them = {name: value for name, value in options.items() if "GGML" in name}
+    for argument in extra:
+        name, equals, value = argument.removeprefix("-D").partition("=")
+        if argument.startswith("-D") and equals:
+            all_of_them[name.partition(":")[0]] = value
+    return ["_".join(f"{name}={value}".split()) for name, value in all_of_them.items()]
 
 
 def cache_key(options: dict[str, str], extra: list[str]) -> str:
@@ -82,8 +99,9 @@ def build(options: dict[str, str], extra: list[str], scratch: Path, downloads: P
     """Run CMake in `scratch` and return a folder with the archives, headers and licence."""
     source = fetch.source_tree(scratch / "source", downloads)
     binary = scratch / "build"
-    configure = ["cmake", "-S", source, "-B", binary, "-G", "Ninja", *extra]
+    configure = ["cmake", "-S", source, "-B", binary, "-G", "Ninja"]
     configure += [f"-D{name}={value}" for name, value in options.items()]
+    configure += extra  # the last one wins
     for command in (configure, ["cmake", "--build", binary, "--target", "llama"]):
         if subprocess.run(command, check=False).returncode:
             sys.exit(f"llama.cpp: CMake failed: {' '.join(map(str, command[:5]))} ...")
@@ -98,16 +116,40 @@ def build(options: dict[str, str], extra: list[str], scratch: Path, downloads: P
         for header in (source / folder).glob("*.h"):
             shutil.copy2(header, staged / "include")
     shutil.copy2(source / "LICENSE", staged / "LICENSE.llama.cpp")
-    said = " ".join(f"{name}={value}" for name, value in options.items() if "GGML" in name)
     definitions = {
         "SOURCE": f"{fetch.PIN['name']} {fetch.PIN['version']}",
         "VERSION": fetch.PIN["llama_version"],
         "COMMIT": fetch.PIN["commit"],
-        "OPTIONS": " ".join([said, *extra]),
+        "OPTIONS": " ".join(said(options, extra)),
     }
     lines = [f"#define LLAMACRAB_LLAMA_{k} {json.dumps(v)}\n" for k, v in definitions.items()]
     (staged / "llamacrab_llama_build.h").write_text("".join(lines))
     return staged
+
+
+def _writable(cache: Path) -> bool:
+    """Return whether files can be made in a cache; where not, the build goes on without it."""
+    try:
+        for folder in ("builds", "downloads"):
+            (cache / folder).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=cache / folder):
+                pass
+    except OSError:
+        return False
+    return True
+
+
+def _keep(staged: Path, kept: Path) -> Path:
+    """Copy a build into the cache; it appears there whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".new-") as new:
+        whole = Path(new) / "whole"
+        shutil.copytree(staged, whole)
+        try:
+            whole.rename(kept)
+        except OSError:  # another build of the same key was faster
+            if not kept.is_dir():
+                raise
+    return kept
 
 
 def main() -> None:
@@ -122,26 +164,16 @@ def main() -> None:
 
     options = cmake_options(args)
     scratch = args.scratch.resolve()
-    cache = fetch.helper.cache_dir()
-    try:
-        (cache / "builds").mkdir(parents=True, exist_ok=True)
-    except OSError:  # a home that cannot be written costs the cache, not the build
-        cache = scratch / "cache"
-    kept = cache / "builds" / cache_key(options, args.cmake_arg)
-    if not kept.is_dir():
+    caches = [fetch.helper.cache_dir(), scratch / "cache"]
+    key = cache_key(options, args.cmake_arg)
+    kept = next((c / "builds" / key for c in caches if (c / "builds" / key).is_dir()), None)
+    if kept is None:
+        cache = next(filter(_writable, caches))
         try:
             staged = build(options, args.cmake_arg, scratch, cache / "downloads")
         except fetch.helper.FetchError as error:
             sys.exit(f"llama.cpp: {error}")
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".new-") as new:
-            whole = Path(new) / "whole"
-            shutil.copytree(staged, whole)
-            try:
-                whole.rename(kept)
-            except OSError:  # another build of the same key was faster
-                if not kept.is_dir():
-                    raise
+        kept = _keep(staged, cache / "builds" / key)
     shutil.copytree(kept, args.out, dirs_exist_ok=True, copy_function=shutil.copy)
 
 
