@@ -97,7 +97,6 @@ cdef extern from "llama.h" nogil:
     void llama_backend_init() except +
     const char *llama_print_system_info() except +
     size_t llama_max_parallel_sequences()
-    cbool llama_supports_gpu_offload()
 
     llama_model_params llama_model_default_params()
     llama_model *llama_model_load_from_file(const char *path, llama_model_params params) except +
@@ -150,7 +149,6 @@ cdef extern from "llama.h" nogil:
     uint32_t llama_n_seq_max(const llama_context *ctx)
     int32_t llama_n_threads_batch(llama_context *ctx)
     llama_memory_t llama_get_memory(const llama_context *ctx)
-    llama_pooling_type llama_get_pooling_type "llama_pooling_type"(const llama_context *ctx)
     cbool llama_get_causal_attn(const llama_context *ctx)
     void llama_memory_clear(llama_memory_t mem, cbool data) except +
 

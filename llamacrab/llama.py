@@ -147,7 +147,8 @@ class Llama:
         n_ctx = n_ctx or min(self.model.n_ctx_train, N_CTX_DEFAULT_MAX)
         self._on_gpu = n_gpu_layers != 0 and tuning.has_gpu()
         given = tuning.Layout(n_contexts, n_threads, pack_tokens or n_ubatch, flash_attn)
-        self.layout = layout = tuning.choose(self.model, on_gpu=self._on_gpu, given=given)
+        known = tuning.remembered(self.model, self._on_gpu)
+        self.layout = layout = tuning.choose(known, on_gpu=self._on_gpu, given=given)
         n_ubatch = n_ubatch or max(n_ctx, layout.pack_tokens)
         n_seq_max = n_seq_max or max(1, min(N_SEQ_MAX, layout.pack_tokens // 4))
         self._scheduler = Scheduler(
@@ -168,12 +169,8 @@ class Llama:
         )
         self._limit = min(n_ctx, self._scheduler.context.n_tokens_max)
         # Explicit sizes are kept; so is what has been measured before.
-        may_tune = not (given.pack_tokens or deterministic)
-        self._calibration = (
-            tuning.Calibration(self._scheduler)
-            if may_tune and tuning.remembered(self.model, self._on_gpu) is None
-            else None
-        )
+        may_tune = known is None and not (given.pack_tokens or deterministic)
+        self._calibration = tuning.Calibration(self._scheduler) if may_tune else None
         self._is_yes_no = self.model.cls_labels == ["yes", "no"]
 
     def close(self) -> None:

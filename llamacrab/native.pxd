@@ -128,7 +128,6 @@ cdef extern from "native/scheduler.hpp" namespace "llamacrab" nogil:
         failure failure_of(job &j) except +
         void *next_finished() except +
         void close() except +
-        cbool is_closed() except +
         void set_limits(limits bounds) except +
         limits get_limits() except +
         int64_t queued_tokens() except +

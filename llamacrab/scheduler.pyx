@@ -437,10 +437,6 @@ cdef class Job:
         """Texts that have their row."""
         return self._handle.ptr.n_done(self._job[0])
 
-    @property
-    def encoder(self):
-        return self._encoder
-
     cdef int _raise_failure(self) except -1:
         cdef native.failure what = self._handle.ptr.failure_of(self._job[0])
         message = what.message.decode("utf-8", "replace") or "llama.cpp gave no reason"

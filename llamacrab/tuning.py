@@ -118,9 +118,9 @@ def has_gpu() -> bool:
 # ------------------------------------------------------------------------------------ choosing
 
 
-def choose(model: Model, *, on_gpu: bool, given: Layout) -> Layout:
-    """Return the layout for a model: what was given wins, then what was measured, then a guess."""
-    known = Layout() if all(asdict(given).values()) else remembered(model, on_gpu) or Layout()
+def choose(known: Layout | None, *, on_gpu: bool, given: Layout) -> Layout:
+    """Return the layout to use: what was given wins, then what is known, then a guess."""
+    known = known or Layout()
     if given.n_contexts or given.n_threads:
         # A pack's best size was measured for other contexts: keep that, but not their number.
         known = replace(known, n_contexts=0, n_threads=0)

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
+from collections.abc import Iterator
 
 import pytest
 from helpers import gguf_path, python
 
 from llamacrab import Llama, Model, errors
+
+
+@contextlib.contextmanager
+def handled_by(handler: logging.Handler) -> Iterator[None]:
+    """Hand the lines of our logger to a handler, down to the handler's own level."""
+    logger = logging.getLogger("llamacrab")
+    logger.addHandler(handler)
+    logger.setLevel(handler.level)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
 
 
 def test_nothing_is_printed_by_default():
@@ -61,16 +76,8 @@ def test_a_handler_that_raises_does_no_harm(kind):
         def emit(self, record):
             raise kind("broken handler")
 
-    logger = logging.getLogger("llamacrab")
-    handler = Broken(level=logging.DEBUG)
-    logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG)
-    try:
-        with Llama(gguf_path("tiny-bert")) as llama:
-            assert llama.embed("a crab").shape == (32,)
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(logging.NOTSET)
+    with handled_by(Broken(level=logging.DEBUG)), Llama(gguf_path("tiny-bert")) as llama:
+        assert llama.embed("a crab").shape == (32,)
 
 
 def test_llama_cpp_s_own_words_are_in_the_exception(tmp_path):
@@ -118,16 +125,8 @@ def test_a_handler_may_use_llamacrab_itself():
                 with Model(gguf_path("tiny-bert")) as model:
                     model.vocab.tokenize("a crab")
 
-    logger = logging.getLogger("llamacrab")
-    handler = Nested()
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        with Llama(gguf_path("tiny-bert")) as llama:
-            assert llama.embed("a crab").shape == (32,)
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(logging.NOTSET)
+    with handled_by(Nested(level=logging.INFO)), Llama(gguf_path("tiny-bert")) as llama:
+        assert llama.embed("a crab").shape == (32,)
     assert len(depth) == 3
 
 

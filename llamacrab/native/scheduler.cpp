@@ -155,11 +155,6 @@ void scheduler::close() {
     reports.notify_all();
 }
 
-bool scheduler::is_closed() {
-    std::lock_guard<std::mutex> hold(mutex);
-    return stopping;
-}
-
 // ------------------------------------------------------------------------------------- admission
 
 bool scheduler::has_room(job & j, int64_t n_tokens) {

@@ -147,7 +147,6 @@ class scheduler {
     void * next_finished();
 
     void close();
-    bool is_closed();
 
     void   set_limits(limits bounds);
     limits get_limits();
