@@ -9,6 +9,7 @@ searched over contexts x threads, tokens a pack and flash attention. llamacrab r
 from __future__ import annotations
 
 import argparse
+import itertools
 import subprocess
 import tempfile
 from pathlib import Path
@@ -50,35 +51,46 @@ def build(folder: Path) -> Path:
     return program
 
 
-def sweep(program: Path, texts: Path, quick: bool) -> tuple[tuple[int, ...], float]:
-    """Return the best settings of the loop and their seconds."""
+def sweep(program: Path, texts: Path, quick: bool) -> tuple[int, ...]:
+    """Return the best settings of the loop: all are tried once, the best few again and again.
+
+    Without flash attention only the best few are tried: it is slower by far for all but small packs.
+    """
     cpus = tuning.usable_cpus()
+    layouts = sorted({(cpus, 1), (1, cpus)}, reverse=True)
     packs = (128, 256) if quick else (64, 96, 128, 160, 192, 256, 320, 384, 512)
-    best = ((cpus, 1, 128, 1), float("inf"))
-    for n_contexts in {cpus, 1}:
-        for pack in packs:
-            for flash_attn in (1,) if quick else (1, 0):
-                settings = (n_contexts, cpus // n_contexts, pack, flash_attn)
-                loop = Loop(program, texts, *settings)
-                taken = min(loop() for _ in range(3))
-                loop.close()
-                if taken < best[1]:
-                    best = (settings, taken)
-    return best
+    taken: dict[tuple[int, ...], float] = {}
+
+    def run(settings: tuple[int, ...], times: int) -> float:
+        loop = Loop(program, texts, *settings)
+        taken[settings] = min(loop() for _ in range(times))
+        loop.close()
+        print(f"    {settings}: {taken[settings]:.2f} s, the best of {times}", flush=True)
+        return taken[settings]
+
+    def best(n: int) -> list[tuple[int, ...]]:
+        return sorted(taken, key=taken.__getitem__)[:n]
+
+    for layout, pack in itertools.product(layouts, packs):
+        run((*layout, pack, 1), 1)
+    for settings in best(3):
+        run((*settings[:3], 0), 1)
+    return min(best(4), key=lambda settings: run(settings, 3))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--workload", choices=WORKLOADS, action="append")
     parser.add_argument("--quick", action="store_true", help="search less")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         program = build(Path(folder))
-        for name, make in WORKLOADS.items():
-            texts = [text.replace("\n", " ") for text in make()]
+        for name in args.workload or WORKLOADS:
+            texts = [text.replace("\n", " ") for text in WORKLOADS[name]()]
             path = Path(folder) / f"{name}.txt"
             path.write_text("\n".join(texts) + "\n", encoding="utf-8")
-            settings, _ = sweep(program, path, args.quick)
+            settings = sweep(program, path, args.quick)
             loop = Loop(program, path, *settings)
             with Llama() as llama:
                 runs = {

@@ -227,6 +227,7 @@ class Scheduler:
         pack_tokens: int,
         queue_tokens: int = 0,
         deterministic: bool = False,
+        on_pack: Callable[[dict[str, Any]], Any] | None = None,
         **how: Any,
     ) -> None: ...
     pack_tokens: int

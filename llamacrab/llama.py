@@ -25,7 +25,7 @@ from llamacrab.rerank import PairTemplate
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from concurrent.futures import Future
     from typing import TypeAlias
 
@@ -60,6 +60,9 @@ class EmbedOptions:
     start_token: bool = True
     truncate: bool = False
     parse_special: bool = False
+
+
+_DEFAULT_OPTIONS = EmbedOptions()
 
 
 class Llama:
@@ -103,6 +106,9 @@ class Llama:
     deterministic : bool
         Compute every text alone, so that its row is the same to the last bit whatever else is
         computed. Slower: see docs/threads.md.
+    on_pack : callable, optional
+        Called after every pack, on a thread of its own, with a dict of the fields that
+        `recent_packs` has. If it is so slow that it falls 4096 packs behind, it misses some.
 
     Raises
     ------
@@ -135,6 +141,7 @@ class Llama:
         use_mlock: bool = False,
         queue_tokens: int = 0,
         deterministic: bool = False,
+        on_pack: Callable[[dict[str, Any]], Any] | None = None,
     ) -> None:
         self.model = Model(
             resolve(path),
@@ -157,6 +164,7 @@ class Llama:
             pack_tokens=layout.pack_tokens,
             queue_tokens=queue_tokens,
             deterministic=deterministic,
+            on_pack=on_pack,
             # The cells of a causal model serve all sequences of a pack together, so there must be
             # enough for a pack; a model with a table of positions takes no more than it has.
             n_ctx=n_ctx if self.model.has_position_table else max(n_ctx, layout.pack_tokens),
@@ -171,6 +179,7 @@ class Llama:
         # Explicit sizes are kept; so is what has been measured before.
         may_tune = known is None and not (given.pack_tokens or deterministic)
         self._calibration = tuning.Calibration(self._scheduler) if may_tune else None
+        self._encoders: dict[EmbedOptions, Encoder] = {}
         self._is_yes_no = self.model.cls_labels == ["yes", "no"]
 
     def close(self) -> None:
@@ -528,7 +537,15 @@ class Llama:
         return self._scheduler.stats()
 
     def recent_packs(self) -> np.ndarray:
-        """Return the last packs, up to 4096: a structured array of n_texts, n_tokens, seconds."""
+        """Return the last packs, up to 4096, a structured array in the order in which they ended.
+
+        Returns
+        -------
+        ndarray, shape (n_packs,)
+            Fields ``worker`` (which context), ``n_texts``, ``n_tokens``, ``seconds`` (from taking
+            the pack to its last row), of them ``decode_seconds`` and ``copy_seconds``,
+            ``wait_seconds`` (of the worker, before it), ``queued_tokens`` (left behind it).
+        """
         return self._scheduler.recent_packs()
 
     def _tune(self, n_done: int, *, over: bool = False) -> None:
@@ -546,13 +563,16 @@ class Llama:
     def _embed_job(self, n_texts: int, how: EmbedOptions, *, dedup: bool = True) -> Job:
         if self.pooling_type == PoolingType.RANK:
             raise PoolingError("this model is a reranker (pooling RANK): use rerank()")
-        encoder = Encoder(
-            self.model.vocab,
-            limit=self._limit,
-            truncate=how.truncate,
-            parse_special=how.parse_special,
-            prefix=None if how.start_token else (),
-        )
+        # Callers that embed single texts would make the same encoder again and again.
+        encoder = self._encoders.get(how)
+        if encoder is None:
+            encoder = self._encoders[how] = Encoder(
+                self.model.vocab,
+                limit=self._limit,
+                truncate=how.truncate,
+                parse_special=how.parse_special,
+                prefix=None if how.start_token else (),
+            )
         return self._scheduler.job(encoder, n_texts, normalize=how.normalize, dedup=dedup)
 
     def _rerank_job(self, query: str, n_documents: int, truncate: bool) -> Job:
@@ -616,7 +636,8 @@ def _merge(
         "parse_special": parse_special,
     }
     changed = {name: value for name, value in given.items() if value is not None}
-    return replace(options or EmbedOptions(), **changed)
+    options = options or _DEFAULT_OPTIONS
+    return replace(options, **changed) if changed else options
 
 
 def _as_list(texts: Iterable[Any], name: str) -> list[Any]:

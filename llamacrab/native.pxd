@@ -22,6 +22,11 @@ cdef extern from "<string_view>" namespace "std" nogil:
         size_t size()
 
 
+cdef extern from "native/crew.hpp" namespace "llamacrab" nogil:
+    cppclass crew:
+        crew(size_t n_helpers) except +
+
+
 cdef extern from "native/encoding.hpp" namespace "llamacrab" nogil:
     ctypedef vector[llama_token] token_vector
 
@@ -46,6 +51,19 @@ cdef extern from "native/encoding.hpp" namespace "llamacrab" nogil:
         cbool parse_special
         cbool decompose
         encode_status encode(string_view text, token_vector &out, int64_t &n_tokens) except +
+
+    cppclass source:
+        string_view bytes
+        cbool is_ids
+
+    cppclass encoded:
+        token_vector tokens
+        vector[size_t] ends
+        encode_status status
+        int64_t n_tokens
+
+    encoded encode_texts(const encoding &how, const vector[source] &texts, size_t budget,
+                         crew &helpers) except +
 
 
 cdef extern from "native/scheduler.hpp" namespace "llamacrab" nogil:
@@ -111,9 +129,14 @@ cdef extern from "native/scheduler.hpp" namespace "llamacrab" nogil:
         double copy_seconds
 
     cppclass pack_record:
+        int32_t worker
         int32_t n_texts
         int32_t n_tokens
         double seconds
+        double wait_seconds
+        double decode_seconds
+        double copy_seconds
+        int64_t queued_tokens
 
     cppclass scheduler:
         scheduler(llama_model *model, int32_t row_size, limits bounds) except +
@@ -134,6 +157,7 @@ cdef extern from "native/scheduler.hpp" namespace "llamacrab" nogil:
         int64_t queued_texts() except +
         vector[worker_stats] stats() except +
         vector[pack_record] recent_packs() except +
+        vector[pack_record] next_packs(int64_t &n_seen) except +
         void add_tokenize_seconds(double seconds) except +
         double tokenize_seconds() except +
         void inject(fault_kind kind, int64_t after, int64_t times) except +

@@ -1,9 +1,12 @@
 # The scheduler's Python face: jobs, futures, and what ends them. The work is done by
-# native/scheduler.cpp.
+# native/encoding.cpp and native/scheduler.cpp.
 
 # Texts that one admission takes at most: they are encoded together without the GIL, sorted by
 # length among themselves, and their tokens are freed together.
 cdef int TEXTS_A_CHUNK = 512
+
+# Threads that split one call's texts into tokens.
+cdef int MAX_ENCODERS = 16
 
 _open_schedulers = weakref.WeakSet()
 
@@ -19,14 +22,16 @@ cdef class _SchedulerHandle:
     """Owns the native scheduler, and keeps what its workers use."""
 
     cdef native.scheduler *ptr
+    cdef native.crew *crew
     cdef list contexts
     cdef int pid
 
     def __dealloc__(self):
-        if self.ptr == NULL or self.pid != os.getpid():
+        if self.pid != os.getpid():
             return  # a forked child has no workers to join: what it inherited is left alone
         with nogil:
             del self.ptr
+            del self.crew
 
     cdef int check_process(self) except -1:
         if self.pid != os.getpid():
@@ -52,18 +57,20 @@ cdef class Scheduler:
         Tokens that may wait before a producer must.
     deterministic : bool
         One text a pack.
+    on_pack : callable, optional
+        Called with a dict for every pack; see `Llama`.
     **how
         What each `Context` is made with.
     """
 
     cdef _SchedulerHandle _handle
-    cdef object _lock, _notifier, __weakref__
+    cdef object _lock, _notifier, _watcher, __weakref__
     cdef Context _context
     cdef int64_t _queue_tokens
     cdef readonly bint deterministic
 
     def __init__(self, Model model not None, *, int n_contexts, int pack_tokens,
-                 int64_t queue_tokens=0, bint deterministic=False, **how):
+                 int64_t queue_tokens=0, bint deterministic=False, on_pack=None, **how):
         cdef _SchedulerHandle handle = _SchedulerHandle()
         cdef Context context
         if n_contexts < 1:
@@ -83,15 +90,22 @@ cdef class Scheduler:
             self._limits(pack_tokens, n_contexts))
         for context in handle.contexts:
             handle.ptr.add_worker(context._handle.ptr, context._params)
+        # The caller's thread splits texts into tokens, helped by as many as leave no CPU idle.
+        handle.crew = new native.crew(
+            max(0, min(n_contexts * max(1, how.get("n_threads", 1)), MAX_ENCODERS) - 1))
         self._handle = handle
         _open_schedulers.add(self)
+        if on_pack is not None:
+            self._watcher = threading.Thread(
+                target=_watch, args=(handle, on_pack), name="llamacrab-watcher", daemon=True)
+            self._watcher.start()
 
     cdef native.limits _limits(self, int pack_tokens, int n_contexts):
         cdef native.limits bounds
         most = min(self._context.n_batch, self._context.n_ubatch)
         bounds.pack_tokens = max(1, min(pack_tokens, most))
-        # A pack below this costs too much a token to be worth an even finish.
-        bounds.pack_min = min(64, bounds.pack_tokens)
+        # On a CPU a pack costs about as much as 120 tokens before its first token is computed.
+        bounds.pack_min = min(128, bounds.pack_tokens)
         bounds.pack_texts = 1 if self.deterministic else self._context.n_seq_max
         bounds.queue_tokens = self._queue_tokens or 32 * n_contexts * bounds.pack_tokens
         return bounds
@@ -118,8 +132,9 @@ cdef class Scheduler:
             return
         with nogil:
             handle.ptr.close()
-        if self._notifier is not None and self._notifier is not threading.current_thread():
-            self._notifier.join()
+        for thread in (self._notifier, self._watcher):
+            if thread is not None and thread is not threading.current_thread():
+                thread.join()
         for context in handle.contexts:
             context.close()
 
@@ -194,13 +209,15 @@ cdef class Scheduler:
         }
 
     def recent_packs(self):
-        """Return the last packs, up to 4096: a structured array of n_texts, n_tokens, seconds."""
+        """Return the last packs, up to 4096, a structured array; see `Llama.recent_packs`."""
         cdef _SchedulerHandle handle = self.handle()
-        cdef native.pack_record one
-        return np.array(
-            [(one.n_texts, one.n_tokens, one.seconds) for one in handle.ptr.recent_packs()],
-            dtype=[("n_texts", np.int32), ("n_tokens", np.int32), ("seconds", np.float64)],
-        )
+        records = [tuple(_record(one).values()) for one in handle.ptr.recent_packs()]
+        return np.array(records, dtype=[
+            ("worker", np.int32), ("n_texts", np.int32), ("n_tokens", np.int32),
+            ("seconds", np.float64), ("wait_seconds", np.float64),
+            ("decode_seconds", np.float64), ("copy_seconds", np.float64),
+            ("queued_tokens", np.int64),
+        ])
 
     def _inject(self, str kind, int64_t after=0, int64_t times=1):
         """Make decodes fail, for tests: skip `after` of them, then fail `times`."""
@@ -281,20 +298,22 @@ cdef class Job:
 
     cdef Py_ssize_t _add_some(self, list texts, bint block, deadline) except -1:
         """Encode and queue the first of `texts`, at least one; return how many."""
-        cdef unique_ptr[native.chunk] texts_in
-        cdef native.chunk *chunk = new native.chunk()
-        texts_in.reset(chunk)
-        cdef vector[native.string_view] views
-        cdef vector[cbool] is_text
-        cdef Py_ssize_t i, size, n_texts = len(texts)
+        cdef vector[native.source] sources
+        cdef native.source one
+        cdef Py_ssize_t i, size
         cdef const char *data
         cdef const int32_t[::1] ids
         cdef list kept = []
-        if self._n_added + n_texts > self._n_texts:
+        if self._n_added + len(texts) > self._n_texts:
             raise ValueError(f"the job is for {self._n_texts} texts")
-        for i in range(n_texts):
-            text = texts[i]
-            if isinstance(text, str):
+        for i, text in enumerate(texts):
+            one.is_ids = not isinstance(text, str)
+            if one.is_ids:
+                text = self._encoder.encode_ids(text, self._n_added + i)
+                ids = text
+                data = <const char *>&ids[0]
+                size = ids.shape[0] * sizeof(int32_t)
+            else:
                 self._encoder.vocab.check_text(text)
                 if PyUnicode_IS_ASCII(text):
                     data = PyUnicode_AsUTF8AndSize(text, &size)
@@ -303,47 +322,33 @@ cdef class Job:
                     text = _utf8(text)
                     data = text
                     size = len(text)
-                is_text.push_back(True)
-            else:
-                text = self._encoder.encode_ids(text, self._n_added + i)
-                ids = text
-                data = <const char *>&ids[0]
-                size = ids.shape[0] * sizeof(int32_t)
-                is_text.push_back(False)
             kept.append(text)
-            views.push_back(native.string_view(data, size))
+            one.bytes = native.string_view(data, size)
+            sources.push_back(one)
 
-        cdef int64_t n_tokens = 0, budget = max(self._handle.ptr.get_limits().queue_tokens // 4, 1)
-        cdef native.encode_status status = native.encode_status.ok
-        cdef native.item item
-        cdef size_t before
+        cdef native.encoded encoded
+        cdef size_t budget = max(self._handle.ptr.get_limits().queue_tokens // 4, 1)
         started = time.perf_counter()
         with nogil:
-            chunk.items.reserve(n_texts)
-            for i in range(n_texts):
-                before = chunk.tokens.size()
-                if is_text[i]:
-                    status = self._encoder._native.encode(views[i], chunk.tokens, n_tokens)
-                    if status != native.encode_status.ok:
-                        break
-                else:
-                    chunk.tokens.resize(before + views[i].size() // sizeof(int32_t))
-                    memcpy(&chunk.tokens[before], views[i].data(), views[i].size())
-                item.owner = self._job
-                item.index = self._n_added + i
-                item.first = before
-                item.n_tokens = <int32_t>(chunk.tokens.size() - before)
-                item.row = NULL
-                item.n_rows = 0
-                chunk.items.push_back(item)
-                if <int64_t>chunk.tokens.size() >= budget:
-                    break
+            encoded = native.encode_texts(
+                self._encoder._native, sources, budget, self._handle.crew[0])
         self._handle.ptr.add_tokenize_seconds(time.perf_counter() - started)
-        if status != native.encode_status.ok:
-            raise self._encoder.error(status, n_tokens, self._n_added + i)
-        n_texts = chunk.items.size()
+        cdef Py_ssize_t n_texts = encoded.ends.size()
+        if encoded.status != native.encode_status.ok:
+            raise self._encoder.error(encoded.status, encoded.n_tokens, self._n_added + n_texts)
+
+        cdef unique_ptr[native.chunk] texts_in
+        cdef native.chunk *chunk = new native.chunk()
+        texts_in.reset(chunk)
+        chunk.tokens.swap(encoded.tokens)
+        chunk.items.resize(n_texts)
+        for i in range(n_texts):
+            chunk.items[i].owner = self._job
+            chunk.items[i].index = self._n_added + i
+            chunk.items[i].first = encoded.ends[i - 1] if i else 0
+            chunk.items[i].n_tokens = <int32_t>(encoded.ends[i] - chunk.items[i].first)
         self._place_rows(chunk)
-        n_tokens = chunk.tokens.size()
+        cdef int64_t n_tokens = chunk.tokens.size()
         while not self._handle.ptr.has_room(self._job[0], n_tokens):
             if not block:
                 raise QueueFull(
@@ -503,3 +508,33 @@ def _notify(_SchedulerHandle handle):
         (<Job>job)._future = None
         future._end(job)
         del job, future
+
+
+cdef dict _record(native.pack_record one):
+    return {
+        "worker": one.worker,
+        "n_texts": one.n_texts,
+        "n_tokens": one.n_tokens,
+        "seconds": one.seconds,
+        "wait_seconds": one.wait_seconds,
+        "decode_seconds": one.decode_seconds,
+        "copy_seconds": one.copy_seconds,
+        "queued_tokens": one.queued_tokens,
+    }
+
+
+def _watch(_SchedulerHandle handle, on_pack):
+    """Tell of every pack that ends; workers do not wait for whoever listens."""
+    cdef int64_t n_seen = 0
+    cdef vector[native.pack_record] fresh
+    cdef native.pack_record one
+    while True:
+        with nogil:
+            fresh = handle.ptr.next_packs(n_seen)
+        if fresh.empty():
+            return
+        for one in fresh:
+            try:
+                on_pack(_record(one))
+            except Exception:
+                _logger.exception("on_pack raised; it is called for the next pack all the same")

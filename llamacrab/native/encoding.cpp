@@ -1,6 +1,7 @@
 #include "encoding.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <climits>
 #include <exception>
 #include <new>
@@ -261,6 +262,80 @@ encode_status encoding::encode(std::string_view text, token_vector & out, int64_
     }
     append(suffix);
     return encode_status::ok;
+}
+
+namespace {
+
+encoded encode_run(const encoding & how, const source * texts, size_t n) {
+    encoded out;
+    for (size_t i = 0; i < n && out.status == encode_status::ok; ++i) {
+        if (texts[i].is_ids) {
+            const auto * ids = reinterpret_cast<const llama_token *>(texts[i].bytes.data());
+            out.tokens.insert(out.tokens.end(), ids, ids + texts[i].bytes.size() / sizeof(llama_token));
+        } else {
+            out.status = how.encode(texts[i].bytes, out.tokens, out.n_tokens);
+        }
+        if (out.status == encode_status::ok) {
+            out.ends.push_back(out.tokens.size());
+        }
+    }
+    return out;
+}
+
+}  // namespace
+
+encoded encode_texts(const encoding & how, const std::vector<source> & texts, size_t budget, crew & helpers) {
+    // Parts worth handing to another thread: waking it takes as long as a few hundred bytes.
+    constexpr size_t    part_bytes = 4096;
+    std::vector<size_t> starts;
+    for (size_t i = 0, bytes = part_bytes; i < texts.size(); ++i) {
+        if (bytes >= part_bytes) {
+            starts.push_back(i);
+            bytes = 0;
+        }
+        bytes += texts[i].bytes.size();
+    }
+    const size_t n_parts = starts.size();
+    starts.push_back(texts.size());
+
+    // Parts are taken in order, so that those that were taken before the budget was used up, or a text
+    // failed, are the first ones.
+    std::vector<encoded>            parts(n_parts);
+    std::vector<std::exception_ptr> thrown(n_parts);
+    std::atomic<size_t>             next{0}, n_tokens{0};
+    const auto                      work = [&] {
+        while (n_tokens < budget) {
+            const size_t k = next++;
+            if (k >= n_parts) {
+                return;
+            }
+            try {
+                parts[k] = encode_run(how, texts.data() + starts[k], starts[k + 1] - starts[k]);
+            } catch (...) {
+                thrown[k] = std::current_exception();
+            }
+            n_tokens += thrown[k] || parts[k].status != encode_status::ok ? budget : parts[k].tokens.size();
+        }
+    };
+    if (n_parts > 1) {
+        helpers.run(n_parts - 1, work);
+    } else {
+        work();
+    }
+
+    encoded out;
+    for (size_t k = 0; k < n_parts && out.status == encode_status::ok; ++k) {
+        if (thrown[k]) {
+            std::rethrow_exception(thrown[k]);
+        }
+        for (const size_t end : parts[k].ends) {
+            out.ends.push_back(out.tokens.size() + end);
+        }
+        out.tokens.insert(out.tokens.end(), parts[k].tokens.begin(), parts[k].tokens.end());
+        out.status   = parts[k].status;
+        out.n_tokens = parts[k].n_tokens;
+    }
+    return out;
 }
 
 }  // namespace llamacrab

@@ -6,6 +6,7 @@
 #include <string_view>
 #include <vector>
 
+#include "crew.hpp"
 #include "llama.h"
 
 namespace llamacrab {
@@ -42,5 +43,25 @@ struct encoding {
     // length before any cut, special tokens counted.
     encode_status encode(std::string_view text, token_vector & out, int64_t & n_tokens) const;
 };
+
+// A text, or ids that are taken as they are: then `bytes` are those of the ids.
+struct source {
+    std::string_view bytes;
+    bool             is_ids = false;
+};
+
+// What a run of texts has become: their ids one after another, and where those of each end. If a text
+// could not be encoded, `status` says why, it is the one after the last in `ends`, and `n_tokens` is its
+// length.
+struct encoded {
+    token_vector        tokens;
+    std::vector<size_t> ends;
+    encode_status       status   = encode_status::ok;
+    int64_t             n_tokens = 0;
+};
+
+// Encode the first of `texts`, at least one and about as many as give `budget` tokens, with the help of
+// `helpers`.
+encoded encode_texts(const encoding & how, const std::vector<source> & texts, size_t budget, crew & helpers);
 
 }  // namespace llamacrab

@@ -71,6 +71,7 @@ bool waiter::sleep(int64_t microseconds) {
 // ---------------------------------------------------------------------------------------- worker
 
 struct scheduler::worker {
+    int32_t              number;
     llama_context *      context = nullptr;
     llama_context_params params;
     llama_context *      renewed = nullptr;  // a context that replaced the first one: ours to free
@@ -78,13 +79,13 @@ struct scheduler::worker {
     std::vector<item *>  pack;
     std::vector<failure> results;  // one for each text of the pack
     worker_stats         stats;    // [mutex]
-    double               decode_seconds = 0, copy_seconds = 0;  // of this pack
+    pack_record          record;         // of this pack
     bool                 spoil = false;  // an injected fault: take its rows for NaN
     std::atomic<bool>    abort{false};
     std::thread          thread;
 
-    worker(llama_context * ctx, llama_context_params how)
-        : context(ctx), params(how), batch(llama_batch_init(int32_t(llama_n_batch(ctx)), 0, 1)) {
+    worker(int32_t n, llama_context * ctx, llama_context_params how)
+        : number(n), context(ctx), params(how), batch(llama_batch_init(int32_t(llama_n_batch(ctx)), 0, 1)) {
         watch();
     }
 
@@ -123,7 +124,7 @@ scheduler::scheduler(llama_model * m, int32_t n, limits b) : model(m), row_size(
 scheduler::~scheduler() { close(); }
 
 void scheduler::add_worker(llama_context * context, llama_context_params params) {
-    auto     made = std::make_unique<worker>(context, params);
+    auto     made = std::make_unique<worker>(int32_t(workers.size()), context, params);
     worker & w    = *made;
     {
         std::lock_guard<std::mutex> hold(mutex);
@@ -153,6 +154,7 @@ void scheduler::close() {
     std::lock_guard<std::mutex> hold(mutex);
     drained = true;
     reports.notify_all();
+    quiet.notify_all();
 }
 
 // ------------------------------------------------------------------------------------- admission
@@ -213,7 +215,7 @@ bool scheduler::admit(job & j, std::unique_ptr<chunk> texts) {
         jobs.push_back(&j);
     }
     texts.release();  // finish_item frees it
-    if (n_waiting_tokens > bounds.pack_min) {
+    if (n_waiting_tokens > bounds.pack_min / 2) {
         work.notify_all();
     } else {
         work.notify_one();
@@ -334,10 +336,12 @@ void scheduler::take_pack(worker & w) {
     w.pack.clear();
     w.abort = false;
     // No pack takes more than a worker's share of what waits, so that at the end of a job all
-    // workers finish together; but packs too small would pay their fixed cost too often.
+    // workers finish together; but packs too small would pay their fixed cost too often. Where another
+    // worker has nothing to do, a smaller pack makes the texts ready sooner at nobody's cost.
     const auto    n_workers = int64_t(workers.size());
     const int64_t share     = (n_waiting_tokens + n_workers - 1) / n_workers;
-    int64_t       room      = std::min<int64_t>(std::max<int64_t>(share, bounds.pack_min), bounds.pack_tokens);
+    const int64_t least     = n_idle ? bounds.pack_min / 2 : bounds.pack_min;
+    int64_t       room      = std::min<int64_t>(std::max(share, least), bounds.pack_tokens);
 
     // Every job heads a pack in its turn, so that a bulk job does not starve a single text. A job
     // whose next text did not fit keeps its place at the front.
@@ -381,12 +385,15 @@ void scheduler::run(worker & w) {
         const auto idle_since = clock::now();
         {
             std::unique_lock<std::mutex> hold(mutex);
+            n_idle += 1;
             work.wait(hold, [&] { return stopping || !jobs.empty(); });
+            n_idle -= 1;
             if (stopping) {
                 return;
             }
             take_pack(w);
-            w.stats.wait_seconds += seconds_between(idle_since, clock::now());
+            w.record              = pack_record();
+            w.record.wait_seconds = seconds_between(idle_since, clock::now());
         }
         const auto started = clock::now();
         w.results.assign(w.pack.size(), failure());
@@ -415,7 +422,7 @@ void scheduler::compute(worker & w) {
             w.results[k] = copy_row(w, *w.pack[k], int32_t(k), first_token);
             first_token += w.pack[k]->n_tokens;
         }
-        w.copy_seconds += seconds_between(started, clock::now());
+        w.record.copy_seconds += seconds_between(started, clock::now());
         return;
     }
     if (w.pack.size() == 1 || w.abort) {
@@ -461,7 +468,7 @@ failure scheduler::decode(worker & w, const item * const * items, size_t n) {
     const int32_t code = injected == fault_kind::decode_error ? -3 : llama_decode(w.context, batch);
     llama_synchronize(w.context);
     log_mute(false);
-    w.decode_seconds += seconds_between(started, clock::now());
+    w.record.decode_seconds += seconds_between(started, clock::now());
     if (code == 0) {
         return failure();
     }
@@ -500,22 +507,25 @@ failure scheduler::copy_row(worker & w, const item & i, int32_t seq_id, int32_t 
 
 void scheduler::finish(worker & w, double seconds) {
     std::lock_guard<std::mutex> hold(mutex);
-    pack_record record;
-    record.n_texts = int32_t(w.pack.size());
-    record.seconds = seconds;
+    pack_record & record = w.record;
+    record.worker        = w.number;
+    record.n_texts       = int32_t(w.pack.size());
+    record.seconds       = seconds;
+    record.queued_tokens = n_waiting_tokens;
     for (const item * i : w.pack) {
         record.n_tokens += i->n_tokens;
     }
     packs.push_back(record);
+    n_packs += 1;
     if (packs.size() > kept_packs) {
         packs.pop_front();
     }
     w.stats.n_packs += 1;
     w.stats.n_texts += record.n_texts;
     w.stats.n_tokens += record.n_tokens;
-    w.stats.decode_seconds += w.decode_seconds;
-    w.stats.copy_seconds += w.copy_seconds;
-    w.decode_seconds = w.copy_seconds = 0;
+    w.stats.wait_seconds += record.wait_seconds;
+    w.stats.decode_seconds += record.decode_seconds;
+    w.stats.copy_seconds += record.copy_seconds;
     std::vector<item *> done;
     done.swap(w.pack);
     for (size_t k = 0; k < done.size(); ++k) {
@@ -606,6 +616,14 @@ std::vector<worker_stats> scheduler::stats() {
 std::vector<pack_record> scheduler::recent_packs() {
     std::lock_guard<std::mutex> hold(mutex);
     return {packs.begin(), packs.end()};
+}
+
+std::vector<pack_record> scheduler::next_packs(int64_t & n_seen) {
+    std::unique_lock<std::mutex> hold(mutex);
+    quiet.wait(hold, [&] { return drained || n_packs > n_seen; });
+    const auto fresh = ptrdiff_t(std::min<int64_t>(n_packs - n_seen, int64_t(packs.size())));
+    n_seen           = n_packs;
+    return {packs.end() - fresh, packs.end()};
 }
 
 void scheduler::add_tokenize_seconds(double seconds) {

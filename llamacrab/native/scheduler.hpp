@@ -95,9 +95,14 @@ struct job {
 };
 
 struct pack_record {
+    int32_t worker   = 0;
     int32_t n_texts  = 0;
     int32_t n_tokens = 0;
     double  seconds  = 0;  // from taking it to its last row
+    double  wait_seconds   = 0;  // of the worker, for it
+    double  decode_seconds = 0;
+    double  copy_seconds   = 0;
+    int64_t queued_tokens  = 0;  // when it had ended
 };
 
 struct worker_stats {
@@ -111,7 +116,7 @@ struct worker_stats {
 
 struct limits {
     int32_t pack_tokens  = 0;  // tokens that a pack aims at; a longer text is a pack of its own
-    int32_t pack_min     = 0;  // tokens below which a pack is not split to share the rest out
+    int32_t pack_min     = 0;  // a pack is cut to no fewer tokens to share the rest out; half, if any idle
     int32_t pack_texts   = 0;  // sequences that a context takes
     int64_t queue_tokens = 0;  // tokens that may wait before a producer does
 };
@@ -155,6 +160,9 @@ class scheduler {
     int64_t                   queued_texts();
     std::vector<worker_stats> stats();
     std::vector<pack_record>  recent_packs();
+    // Wait for packs that ended after the first `n_seen`, count them in, and return those of them that
+    // are still remembered; none when closed and all have been returned.
+    std::vector<pack_record> next_packs(int64_t & n_seen);
     void add_tokenize_seconds(double seconds);
     double tokenize_seconds();
     void inject(fault_kind kind, int64_t after, int64_t times);
@@ -184,7 +192,7 @@ class scheduler {
 
     std::mutex              mutex;
     std::condition_variable work;     // workers: something waits, or stop
-    std::condition_variable quiet;    // await_quiet: a pack has ended
+    std::condition_variable quiet;    // await_quiet, next_packs: a pack has ended, or stop
     std::condition_variable reports;  // next_finished: a job has ended, or stop
     limits                  bounds;   // [mutex]
     std::deque<job *>       jobs;     // [mutex] those with waiting texts, the next to serve first
@@ -192,9 +200,11 @@ class scheduler {
     std::deque<void *>      ended;    // [mutex] the `user` of jobs that next_finished will return
     int64_t                 n_waiting_tokens = 0;              // [mutex]
     int64_t                 n_waiting_texts  = 0;              // [mutex]
+    int64_t                 n_idle           = 0;              // [mutex] workers that wait for texts
     bool                    stopping         = false;          // [mutex]
     bool                    drained          = false;          // [mutex] no worker is left
     std::deque<pack_record> packs;                             // [mutex] the last ones
+    int64_t                 n_packs          = 0;              // [mutex] that have ended
     double                  seconds_tokenizing = 0;            // [mutex]
     fault_kind              fault       = fault_kind::none;    // [mutex]
     int64_t                 fault_after = 0, fault_times = 0;  // [mutex]
