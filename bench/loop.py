@@ -54,7 +54,7 @@ def build(folder: Path) -> Path:
 def sweep(program: Path, texts: Path, quick: bool) -> tuple[int, ...]:
     """Return the best settings of the loop: all are tried once, the best few again and again.
 
-    Without flash attention only the best few are tried: it is slower by far for all but small packs.
+    Only those few are tried without flash attention: it is slower for all but small packs.
     """
     cpus = tuning.usable_cpus()
     layouts = sorted({(cpus, 1), (1, cpus)}, reverse=True)

@@ -2,8 +2,8 @@
 
     python tests/sanitize.py thread|address [--seconds 60]
 
-Needs a compiler with its sanitizers, and what a build needs. ThreadSanitizer also wants a fixed layout
-of memory, so the process is started through `setarch -R`.
+Needs a compiler with its sanitizers, and what a build needs. ThreadSanitizer also wants a fixed
+layout of memory, so the process is started through `setarch -R`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ OPTIONS = {
         "library": "libasan.so",
         "variable": "ASAN_OPTIONS",
         # What the interpreter leaves to the end of the process is not a leak.
-        "options": "detect_leaks=0 exitcode=66 strict_string_checks=1 detect_stack_use_after_return=1",
+        "options": "detect_leaks=0 exitcode=66 strict_string_checks=1",
         "cmake": "ADDRESS",
         "meson": "address,undefined",
     },

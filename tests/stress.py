@@ -2,7 +2,8 @@
 
     python tests/stress.py [--seconds 10] [--seed 0] [--threads 2]
 
-`tests/sanitize.py` runs it under ThreadSanitizer and AddressSanitizer, `tests/test_stress.py` as it is.
+`tests/sanitize.py` runs it under ThreadSanitizer and AddressSanitizer, `tests/test_stress.py` as
+it is.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import concurrent.futures
+import contextlib
 import faulthandler
 import random
 import sys
@@ -128,10 +130,8 @@ class Stress:
         future = llama.submit(TEXTS, truncate=True)
         closer = threading.Timer(rng.random() * 0.05, llama.close)
         closer.start()
-        try:
+        with contextlib.suppress(errors.ClosedError):
             self.check(list(range(len(TEXTS))), llama.embed_texts(TEXTS, truncate=True))
-        except errors.ClosedError:
-            pass
         closer.join()
         assert isinstance(future.exception(timeout=120), (errors.ClosedError, type(None)))
 
