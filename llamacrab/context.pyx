@@ -8,6 +8,8 @@ _FLASH_ATTN = {
 }
 
 
+# `no_gc_clear`: when the garbage collector breaks a cycle, it would let go of the model first.
+@cython.no_gc_clear
 cdef class _ContextHandle:
     """Owns a llama_context, and holds the model that it reads."""
 

@@ -18,6 +18,7 @@ def _close_all():
         scheduler.close()
 
 
+@cython.no_gc_clear  # its contexts must outlive the workers
 cdef class _SchedulerHandle:
     """Owns the native scheduler, and keeps what its workers use."""
 
@@ -226,6 +227,7 @@ cdef class Scheduler:
         self.handle().ptr.inject(<native.fault_kind>value, after, times)
 
 
+@cython.no_gc_clear  # workers may write into its rows until it is freed
 cdef class Job:
     """One call's texts on their way through the scheduler.
 

@@ -91,9 +91,14 @@ struct scheduler::worker {
 
     ~worker() {
         llama_batch_free(batch);
+        free_renewed();
+    }
+
+    void free_renewed() {
         if (renewed) {
             llama_free(renewed);
         }
+        renewed = nullptr;
     }
 
     void watch() {
@@ -108,9 +113,7 @@ struct scheduler::worker {
     // Leave a context whose state an exception has put in doubt.
     void renew(llama_model * model) {
         if (llama_context * fresh = llama_init_from_model(model, params)) {
-            if (renewed) {
-                llama_free(renewed);
-            }
+            free_renewed();
             context = renewed = fresh;
             watch();
         }
@@ -150,6 +153,7 @@ void scheduler::close() {
         if (w->thread.joinable()) {
             w->thread.join();
         }
+        w->free_renewed();  // now, while the model is sure to be there
     }
     std::lock_guard<std::mutex> hold(mutex);
     drained = true;
