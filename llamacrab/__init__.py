@@ -11,7 +11,8 @@ from llamacrab._core import Batch, Context, Model, PoolingType, SplitMode, Vocab
 from llamacrab._versions import __version__, show_versions
 from llamacrab.default_model import fetch_default_model
 from llamacrab.errors import LlamaError
-from llamacrab.llama import EmbedOptions, Llama
+from llamacrab.llama import Llama, TokenEmbeddings
+from llamacrab.options import EmbedOptions
 
 __all__ = [
     "Batch",
@@ -22,6 +23,7 @@ __all__ = [
     "Model",
     "PoolingType",
     "SplitMode",
+    "TokenEmbeddings",
     "Vocab",
     "VocabType",
     "__version__",

@@ -104,6 +104,8 @@ class Model:
     @property
     def has_rank_head(self) -> bool: ...
     @property
+    def is_causal(self) -> bool: ...
+    @property
     def has_position_table(self) -> bool: ...
     @property
     def n_ctx_train(self) -> int: ...
@@ -239,8 +241,17 @@ class Scheduler:
     def context(self) -> Context: ...
     @property
     def n_contexts(self) -> int: ...
+    @property
+    def shares_prefix(self) -> bool: ...
     def job(
-        self, encoder: Encoder, n_texts: int, *, normalize: bool = False, dedup: bool = True
+        self,
+        encoder: Encoder,
+        n_texts: int,
+        *,
+        norm: float = 0,
+        width: int = 0,
+        dedup: bool = True,
+        share: bool = True,
     ) -> Job: ...
     def future(self, job: Job, convert: Callable[[Any], Any] | None = None) -> Future[Any]: ...
     def stats(self) -> dict[str, Any]: ...
@@ -252,7 +263,14 @@ class Scheduler:
 @disjoint_base
 class Job:
     def __init__(
-        self, scheduler: Scheduler, encoder: Encoder, n_texts: int, normalize: bool, dedup: bool
+        self,
+        scheduler: Scheduler,
+        encoder: Encoder,
+        n_texts: int,
+        norm: float,
+        width: int,
+        dedup: bool,
+        share: bool,
     ) -> None: ...
     @property
     def rows(self) -> Any: ...

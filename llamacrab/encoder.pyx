@@ -23,6 +23,7 @@ cdef class Encoder:
     """
 
     cdef native.encoding _native
+    cdef native.token_vector _common  # ids that nearly every text begins with
     cdef bint _text_only
     cdef readonly Vocab vocab
 
@@ -42,6 +43,7 @@ cdef class Encoder:
             self._native.suffix.push_back(token)
         self._native.lead = _utf8(lead)
         self._native.trail = _utf8(trail)
+        self._common = self._native.common()
 
     def encode(self, text, int64_t index=0):
         """Return the ids of one text: int32, shape (n,).

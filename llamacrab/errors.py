@@ -111,7 +111,7 @@ class DecodeError(LlamaError, RuntimeError):
 
 
 class NumericalError(LlamaError, ArithmeticError):
-    """A row holds NaN or infinity.
+    """A row holds NaN or infinity, or zeros only.
 
     Attributes
     ----------
@@ -119,10 +119,10 @@ class NumericalError(LlamaError, ArithmeticError):
         Which text of the call it was.
     """
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, what: str = "NaN or infinite") -> None:
         super().__init__(
-            f"the row of text {index} holds NaN or infinity: the GGUF is damaged, or its type is "
-            "too narrow for this model (try one converted to f32 or bf16)"
+            f"the row of text {index} is {what}: the GGUF is damaged, or its type is too narrow "
+            "for this model (try one converted to f32 or bf16)"
         )
         self.index = index
 

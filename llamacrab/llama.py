@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -10,17 +11,13 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from llamacrab import aio, tuning
-from llamacrab._core import (
-    Encoder,
-    Job,
-    Model,
-    PoolingType,
-    Scheduler,
-    SplitMode,
-)
+from llamacrab._core import Job, Model, PoolingType, Scheduler, SplitMode
 from llamacrab._extras import require
 from llamacrab.default_model import resolve
 from llamacrab.errors import ClosedError, InputError, LlamaError, PoolingError
+from llamacrab.options import EmbedKeywords, EmbedOptions, merge
+from llamacrab.plan import Plan, Prepared
+from llamacrab.prompts import prompts_of
 from llamacrab.rerank import PairTemplate
 
 if TYPE_CHECKING:
@@ -28,6 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from concurrent.futures import Future
     from typing import TypeAlias
+
+    from typing_extensions import Unpack
 
     Text: TypeAlias = str | Sequence[int] | np.ndarray
 
@@ -40,29 +39,27 @@ TEXTS_A_STEP = 256
 CALIBRATION_TEXTS = 1024
 
 
-@dataclass(frozen=True, kw_only=True)
-class EmbedOptions:
-    """How texts become vectors. A keyword given to the call itself wins over the options.
+# Plans that are kept, one for every set of options in use.
+PLANS_MAX = 64
 
-    Parameters
+
+@dataclass(frozen=True)
+class TokenEmbeddings:
+    """The vectors of a text's tokens.
+
+    Attributes
     ----------
-    normalize : bool
-        Divide each vector by its L2 norm.
-    start_token : bool
-        Begin with the token that the model was trained to see first (BOS or CLS), if it has one.
-    truncate : bool
-        Cut a text that is too long, keeping its closing special tokens, instead of raising.
-    parse_special : bool
-        Read the spelling of a special token, such as ``[SEP]``, in a text as that token.
+    ids : ndarray of int32, shape (n_tokens,)
+        The tokens, special ones included.
+    offsets : ndarray of int32, shape (n_tokens, 2)
+        Where in the text each token comes from: ``text[start:stop]``; (0, 0) for special tokens.
+    vectors : ndarray, shape (n_tokens, n_embd)
+        A row for each token.
     """
 
-    normalize: bool = True
-    start_token: bool = True
-    truncate: bool = False
-    parse_special: bool = False
-
-
-_DEFAULT_OPTIONS = EmbedOptions()
+    ids: np.ndarray
+    offsets: np.ndarray
+    vectors: np.ndarray
 
 
 class Llama:
@@ -152,6 +149,12 @@ class Llama:
             use_mlock=use_mlock,
         )
         n_ctx = n_ctx or min(self.model.n_ctx_train, N_CTX_DEFAULT_MAX)
+        if n_ctx > self.model.n_ctx_train:
+            logging.getLogger("llamacrab").warning(
+                "n_ctx=%d is more than the %d tokens that this model was trained on",
+                n_ctx,
+                self.model.n_ctx_train,
+            )
         self._on_gpu = n_gpu_layers != 0 and tuning.has_gpu()
         given = tuning.Layout(n_contexts, n_threads, pack_tokens or n_ubatch, flash_attn)
         known = tuning.remembered(self.model, self._on_gpu)
@@ -165,9 +168,9 @@ class Llama:
             queue_tokens=queue_tokens,
             deterministic=deterministic,
             on_pack=on_pack,
-            # The cells of a causal model serve all sequences of a pack together, so there must be
-            # enough for a pack; a model with a table of positions takes no more than it has.
-            n_ctx=n_ctx if self.model.has_position_table else max(n_ctx, layout.pack_tokens),
+            # The cells of a causal model hold a pack, and what its texts share, which is no more
+            # than a text; a model with a table of positions takes no more than it has.
+            n_ctx=n_ctx + (0 if self.model.has_position_table else layout.pack_tokens),
             n_batch=max(n_ctx, n_ubatch, n_seq_max),
             n_ubatch=n_ubatch,
             n_seq_max=n_seq_max,
@@ -179,7 +182,8 @@ class Llama:
         # Explicit sizes are kept; so is what has been measured before.
         may_tune = known is None and not (given.pack_tokens or deterministic)
         self._calibration = tuning.Calibration(self._scheduler) if may_tune else None
-        self._encoders: dict[EmbedOptions, Encoder] = {}
+        self.prompts = prompts_of(self.model.metadata)
+        self._plans: dict[str, Plan] = {}
         self._is_yes_no = self.model.cls_labels == ["yes", "no"]
 
     def close(self) -> None:
@@ -223,11 +227,8 @@ class Llama:
         text: Text,
         *,
         options: EmbedOptions | None = None,
-        normalize: bool | None = None,
-        start_token: bool | None = None,
-        truncate: bool | None = None,
-        parse_special: bool | None = None,
         timeout: float | None = None,
+        **changes: Unpack[EmbedKeywords],
     ) -> np.ndarray:
         """Return the vector of one text.
 
@@ -237,69 +238,67 @@ class Llama:
             A text, or token ids, to which no special token is added.
         options : EmbedOptions, optional
             How; by default ``EmbedOptions()``.
-        normalize, start_token, truncate, parse_special : bool, optional
-            Fields of `EmbedOptions`, where this call differs from `options`.
         timeout : float, optional
             Seconds after which to give up with `LlamaTimeoutError`.
+        **changes
+            Fields of `EmbedOptions`, such as ``normalize=False`` or ``truncate=True``, where this
+            call differs from `options`.
 
         Returns
         -------
         ndarray of float32, shape (n_embd,)
-            With ``PoolingType.NONE`` a row for every token: shape (n_tokens, n_embd).
+            Of another dtype or width where the options say so. With ``PoolingType.NONE`` a row for
+            every token: shape (n_tokens, n_embd).
 
         Raises
         ------
         InputError
-            The text is too long (`TextTooLongError`), has no tokens, or is of a wrong type.
+            The text is too long (`TextTooLongError`), has no tokens, or is of a wrong type; or an
+            option makes no sense for this model.
         PoolingError
             The model is a reranker.
         """
-        how = _merge(options, normalize, start_token, truncate, parse_special)
-        rows = self._run(self._embed_job(1, how), [text], timeout=timeout)
-        return cast("np.ndarray", rows[0])
+        plan = self._plan(merge(options, changes))
+        return cast("np.ndarray", self._embed(plan, [text], timeout=timeout)[0])
 
     def embed_texts(
         self,
         texts: Iterable[Text],
         *,
         options: EmbedOptions | None = None,
-        normalize: bool | None = None,
-        start_token: bool | None = None,
-        truncate: bool | None = None,
-        parse_special: bool | None = None,
         dedup: bool = True,
         progress: bool = False,
         timeout: float | None = None,
+        **changes: Unpack[EmbedKeywords],
     ) -> np.ndarray:
-        """Return the vectors of many texts, in the order of the texts.
-
-        Texts are computed in packs. A row does not depend on its neighbours, but for the last bits:
-        the cosine between a text's row alone and in any pack is at least 0.9999.
+        """Return the vectors of many texts, in their order.
 
         Parameters
         ----------
         texts : iterable of str or of sequences of int
-            The texts.
+            Texts, or token ids, to which no special token is added.
         options : EmbedOptions, optional
             How; by default ``EmbedOptions()``.
-        normalize, start_token, truncate, parse_special : bool, optional
-            Fields of `EmbedOptions`, where this call differs from `options`.
         dedup : bool
             Compute equal texts that are in the queue at the same time once.
         progress : bool
             Show a progress bar (extra ``progress``).
         timeout : float, optional
             Seconds after which to give up with `LlamaTimeoutError`.
+        **changes
+            Fields of `EmbedOptions`, where this call differs from `options`.
 
         Returns
         -------
         ndarray of float32, shape (n_texts, n_embd)
-            With ``PoolingType.NONE`` a list of arrays, each of shape (n_tokens, n_embd).
+            Of another dtype or width where the options say so. With ``PoolingType.NONE`` a list of
+            arrays, each of shape (n_tokens, n_embd).
 
         Raises
         ------
         InputError
-            A text is too long, has no tokens, or is of a wrong type; the message has its index.
+            A text is too long, has no tokens, or is of a wrong type; the message has its index. Or
+            an option makes no sense for this model.
         PoolingError
             The model is a reranker.
         DecodeError, NumericalError, AllocationError, LlamaTimeoutError, ClosedError
@@ -311,22 +310,72 @@ class Llama:
         is lost: a `LlamaError` has ``rows``, what this call would have returned, and ``done``, a
         bool for each text that tells whether its row is there.
         """
-        how = _merge(options, normalize, start_token, truncate, parse_special)
+        plan = self._plan(merge(options, changes))
         texts = _as_list(texts, "embed_texts")
-        job = self._embed_job(len(texts), how, dedup=dedup)
-        return cast("np.ndarray", self._run(job, texts, timeout=timeout, progress=progress))
+        rows = self._embed(plan, texts, dedup=dedup, timeout=timeout, progress=progress)
+        return cast("np.ndarray", rows)
+
+    def embed_query(
+        self, text: Text, *, options: EmbedOptions | None = None, **changes: Unpack[EmbedKeywords]
+    ) -> np.ndarray:
+        """Return the vector of a search query: `embed` with the model's prompt for queries.
+
+        A model whose prompts are not known (`prompts`) gets none.
+        """
+        how = self._with_prompt("query", merge(options, changes))
+        return self.embed(text, options=how)
+
+    def embed_documents(
+        self,
+        texts: Iterable[Text],
+        *,
+        options: EmbedOptions | None = None,
+        **changes: Unpack[EmbedKeywords],
+    ) -> np.ndarray:
+        """Return the vectors of documents: `embed_texts` with the model's prompt for documents.
+
+        A model whose prompts are not known (`prompts`) gets none.
+        """
+        how = self._with_prompt("document", merge(options, changes))
+        return self.embed_texts(_as_list(texts, "embed_documents"), options=how)
+
+    def embed_tokens(
+        self, text: Text, *, options: EmbedOptions | None = None, **changes: Unpack[EmbedKeywords]
+    ) -> TokenEmbeddings:
+        """Return the vectors of a text's tokens, and where in the text each token comes from.
+
+        Parameters
+        ----------
+        text : str or sequence of int
+            A text; or token ids, which come from no text, so that all offsets are (0, 0).
+        options : EmbedOptions, optional
+            How; by default ``EmbedOptions()``.
+        **changes
+            Fields of `EmbedOptions`, where this call differs from `options`.
+
+        Raises
+        ------
+        PoolingError
+            The `Llama` was not made with ``pooling_type=PoolingType.NONE``.
+        """
+        if self.pooling_type != PoolingType.NONE:
+            raise PoolingError(
+                f"this Llama pools ({self.pooling_type.name}): make one with "
+                "pooling_type=PoolingType.NONE for the vectors of tokens"
+            )
+        plan = self._plan(merge(options, changes))
+        ids = plan.encoder.encode(text)
+        as_it_is = self._plan(replace(plan.how, prompt=None, prompt_name=None))
+        return TokenEmbeddings(ids, plan.offsets(text, ids), self._embed(as_it_is, [ids])[0])
 
     def embed_iter(
         self,
         texts: Iterable[Text],
         *,
         options: EmbedOptions | None = None,
-        normalize: bool | None = None,
-        start_token: bool | None = None,
-        truncate: bool | None = None,
-        parse_special: bool | None = None,
         dedup: bool = True,
         batch_size: int = 1024,
+        **changes: Unpack[EmbedKeywords],
     ) -> Iterator[np.ndarray]:
         """Yield the vectors of a stream of texts, in order, in bounded memory.
 
@@ -337,7 +386,7 @@ class Llama:
         ----------
         texts : iterable of str or of sequences of int
             The texts; a generator is read as vectors are taken.
-        options, normalize, start_token, truncate, parse_special, dedup
+        options, dedup, **changes
             As for `embed_texts`.
         batch_size : int
             Texts a block.
@@ -351,29 +400,31 @@ class Llama:
             raise InputError(f"batch_size must be at least 1, not {batch_size}")
         if isinstance(texts, (str, bytes)):
             raise InputError("embed_iter takes an iterable of texts; for one text use embed()")
-        how = _merge(options, normalize, start_token, truncate, parse_special)
-        self._embed_job(0, how)  # what cannot work fails here, not at the first block
-        return self._stream(iter(texts), how, dedup, batch_size)
+        # What cannot work fails here, not at the first block.
+        return self._stream(iter(texts), self._plan(merge(options, changes)), dedup, batch_size)
 
     def _stream(
-        self, texts: Iterator[Text], how: EmbedOptions, dedup: bool, batch_size: int
+        self, texts: Iterator[Text], plan: Plan, dedup: bool, batch_size: int
     ) -> Iterator[np.ndarray]:
-        jobs: list[Job] = []
+        blocks: list[tuple[Job, Prepared, int]] = []
         first = 0
         try:
             while True:
                 block = list(itertools.islice(texts, batch_size))
                 if block:
-                    job = self._embed_job(len(block), how, dedup=dedup)
-                    jobs.append(job)
-                    job.add(block)
+                    work = plan.prepare(block)
+                    job = self._job(work, dedup=dedup)
+                    blocks.append((job, work, len(block)))
+                    job.add(work.units)
                     job.seal()
-                if not jobs:
+                if not blocks:
                     return
                 # Two blocks ahead keep the workers busy while the caller uses its rows.
-                if not block or len(jobs) > 2:
-                    rows = jobs[0].wait()
-                    first += len(jobs.pop(0).done)
+                if not block or len(blocks) > 2:
+                    job, work, n_texts = blocks[0]
+                    rows = work.finish(job.wait())
+                    del blocks[0]
+                    first += n_texts
                     self._tune(first, over=not block)
                     yield cast("np.ndarray", rows)
         except LlamaError as error:
@@ -381,7 +432,7 @@ class Llama:
                 error.args = (f"{error} (counted from text {first} of the stream)",)
             raise
         finally:
-            for job in jobs:
+            for job, _, _ in blocks:
                 job.cancel()
 
     def submit(
@@ -389,12 +440,9 @@ class Llama:
         texts: Text | list[Text],
         *,
         options: EmbedOptions | None = None,
-        normalize: bool | None = None,
-        start_token: bool | None = None,
-        truncate: bool | None = None,
-        parse_special: bool | None = None,
         dedup: bool = True,
         block: bool = True,
+        **changes: Unpack[EmbedKeywords],
     ) -> Future[np.ndarray]:
         """Queue one text or a list of texts and return at once a future of their vectors.
 
@@ -402,7 +450,7 @@ class Llama:
         ----------
         texts : str, sequence of int, or list of them
             One text gives what `embed` returns, a list of texts what `embed_texts` returns.
-        options, normalize, start_token, truncate, parse_special, dedup
+        options, dedup, **changes
             As for `embed_texts`.
         block : bool
             Wait while the queue is full, else raise.
@@ -418,53 +466,42 @@ class Llama:
         QueueFull
             The queue is full and `block` is false.
         """
-        how = _merge(options, normalize, start_token, truncate, parse_special)
         single = not isinstance(texts, list) or bool(
             texts and isinstance(texts[0], (int, np.integer))
         )
         batch = cast("list[Text]", [texts] if single else texts)
-        job = self._embed_job(len(batch), how, dedup=dedup)
+        work = self._plan(merge(options, changes)).prepare(batch)
+        job = self._job(work, dedup=dedup)
         try:
-            job.add(batch, block=block)
+            job.add(work.units, block=block)
         except BaseException:
             job.cancel()
             raise
-        return self._scheduler.future(job, _first if single else None)
+        return self._scheduler.future(job, work.finish_one if single else work.finish)
 
     async def aembed(
-        self,
-        text: Text,
-        *,
-        options: EmbedOptions | None = None,
-        normalize: bool | None = None,
-        start_token: bool | None = None,
-        truncate: bool | None = None,
-        parse_special: bool | None = None,
+        self, text: Text, *, options: EmbedOptions | None = None, **changes: Unpack[EmbedKeywords]
     ) -> np.ndarray:
         """Await the vector of one text; see `embed`."""
-        how = _merge(options, normalize, start_token, truncate, parse_special)
-        rows = await aio.run(self._scheduler, self._embed_job(1, how), [text])
-        return cast("np.ndarray", rows[0])
+        work = self._plan(merge(options, changes)).prepare([text])
+        rows = await aio.run(self._scheduler, self._job(work), work.units, work.finish_one)
+        return cast("np.ndarray", rows)
 
     async def aembed_texts(
         self,
         texts: Iterable[Text],
         *,
         options: EmbedOptions | None = None,
-        normalize: bool | None = None,
-        start_token: bool | None = None,
-        truncate: bool | None = None,
-        parse_special: bool | None = None,
         dedup: bool = True,
+        **changes: Unpack[EmbedKeywords],
     ) -> np.ndarray:
         """Await the vectors of many texts; see `embed_texts`.
 
         Cancelling the task drops what waits and does not disturb other callers.
         """
-        how = _merge(options, normalize, start_token, truncate, parse_special)
-        texts = _as_list(texts, "aembed_texts")
-        job = self._embed_job(len(texts), how, dedup=dedup)
-        return cast("np.ndarray", await aio.run(self._scheduler, job, texts))
+        work = self._plan(merge(options, changes)).prepare(_as_list(texts, "aembed_texts"))
+        job = self._job(work, dedup=dedup)
+        return cast("np.ndarray", await aio.run(self._scheduler, job, work.units, work.finish))
 
     # ------------------------------------------------------------------------------- reranking
 
@@ -560,20 +597,36 @@ class Llama:
             self.layout = replace(self.layout, pack_tokens=found)
             tuning.remember(self.model, self._on_gpu, self.layout)
 
-    def _embed_job(self, n_texts: int, how: EmbedOptions, *, dedup: bool = True) -> Job:
+    def _plan(self, how: EmbedOptions) -> Plan:
+        """Return how to do what the options say; callers of single texts ask again and again."""
         if self.pooling_type == PoolingType.RANK:
             raise PoolingError("this model is a reranker (pooling RANK): use rerank()")
-        # Callers that embed single texts would make the same encoder again and again.
-        encoder = self._encoders.get(how)
-        if encoder is None:
-            encoder = self._encoders[how] = Encoder(
-                self.model.vocab,
-                limit=self._limit,
-                truncate=how.truncate,
-                parse_special=how.parse_special,
-                prefix=None if how.start_token else (),
-            )
-        return self._scheduler.job(encoder, n_texts, normalize=how.normalize, dedup=dedup)
+        plan = self._plans.get(how.key)
+        if plan is None or plan.how.ranges is not how.ranges:
+            plan = Plan(how, self.model, self.pooling_type, self._limit, self.prompts)
+            if len(self._plans) < PLANS_MAX:
+                self._plans[how.key] = plan
+        return plan
+
+    def _with_prompt(self, name: str, how: EmbedOptions) -> EmbedOptions:
+        if name not in self.prompts or how.prompt is not None or how.prompt_name is not None:
+            return how
+        return replace(how, prompt_name=name)
+
+    def _job(self, work: Prepared, *, dedup: bool = True) -> Job:
+        plan = work.plan
+        return self._scheduler.job(
+            plan.encoder, len(work.units), norm=plan.norm, width=plan.width, dedup=dedup
+        )
+
+    def _embed(self, plan: Plan, texts: list[Any], *, dedup: bool = True, **keywords: Any) -> Any:
+        """Return the vectors of texts."""
+        work = plan.prepare(texts)
+        try:
+            return work.finish(self._run(self._job(work, dedup=dedup), work.units, **keywords))
+        except LlamaError as error:
+            work.restate(error)
+            raise
 
     def _rerank_job(self, query: str, n_documents: int, truncate: bool) -> Job:
         if self.pooling_type != PoolingType.RANK:
@@ -622,29 +675,7 @@ class Llama:
                 bar.close()
 
 
-def _merge(
-    options: EmbedOptions | None,
-    normalize: bool | None,
-    start_token: bool | None,
-    truncate: bool | None,
-    parse_special: bool | None,
-) -> EmbedOptions:
-    given = {
-        "normalize": normalize,
-        "start_token": start_token,
-        "truncate": truncate,
-        "parse_special": parse_special,
-    }
-    changed = {name: value for name, value in given.items() if value is not None}
-    options = options or _DEFAULT_OPTIONS
-    return replace(options, **changed) if changed else options
-
-
 def _as_list(texts: Iterable[Any], name: str) -> list[Any]:
     if isinstance(texts, (str, bytes)):
         raise InputError(f"{name} takes a list of texts, not one text")
     return texts if isinstance(texts, list) else list(texts)
-
-
-def _first(rows: Any) -> Any:
-    return rows[0]

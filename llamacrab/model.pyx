@@ -167,6 +167,11 @@ cdef class Model:
         return not self._head_tensors.isdisjoint({"cls.weight", "cls.output.weight"})
 
     @property
+    def is_causal(self):
+        """Whether a token sees only those before it, as the GGUF says."""
+        return self.metadata.get(f"{self.arch}.attention.causal", "true") == "true"
+
+    @property
     def has_position_table(self):
         """Whether positions are learned one by one, so that none beyond `n_ctx_train` exists."""
         return "position_embd.weight" in self._head_tensors

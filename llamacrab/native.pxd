@@ -51,6 +51,7 @@ cdef extern from "native/encoding.hpp" namespace "llamacrab" nogil:
         cbool parse_special
         cbool decompose
         encode_status encode(string_view text, token_vector &out, int64_t &n_tokens) except +
+        token_vector common() except +
 
     cppclass source:
         string_view bytes
@@ -83,6 +84,10 @@ cdef extern from "native/scheduler.hpp" namespace "llamacrab" nogil:
         throws
         not_finite
 
+    double norm_none
+    double norm_max
+    double norm_int16
+
     cppclass failure:
         failure_kind kind
         int32_t code
@@ -94,8 +99,11 @@ cdef extern from "native/scheduler.hpp" namespace "llamacrab" nogil:
 
     cppclass job:
         job() except +
-        cbool normalize
+        double norm
+        int32_t width
         cbool dedup
+        cbool may_be_zero
+        token_vector shared
         cbool watched
         uint8_t *done
         void *user
@@ -139,7 +147,7 @@ cdef extern from "native/scheduler.hpp" namespace "llamacrab" nogil:
         int64_t queued_tokens
 
     cppclass scheduler:
-        scheduler(llama_model *model, int32_t row_size, limits bounds) except +
+        scheduler(llama_model *model, limits bounds) except +
         void add_worker(llama_context *context, llama_context_params params) except +
         cbool has_room(job &j, int64_t n_tokens) except +
         cbool admit(job &j, unique_ptr[chunk] texts) except +

@@ -5,6 +5,9 @@
 # length among themselves, and their tokens are freed together.
 cdef int TEXTS_A_CHUNK = 512
 
+# Tokens that texts must begin with together to be worth a decode of their own.
+cdef size_t SHARED_MIN = 16
+
 # Threads that split one call's texts into tokens.
 cdef int MAX_ENCODERS = 16
 
@@ -82,13 +85,22 @@ cdef class Scheduler:
         self.deterministic = deterministic
         self._queue_tokens = queue_tokens
         handle.pid = os.getpid()
-        handle.contexts = [Context(model, **how) for _ in range(n_contexts)]
+        handle.contexts = []
+        n_seq_max = how.pop("n_seq_max", 1)
+        if model.is_causal and n_seq_max < c.llama_max_parallel_sequences():
+            n_seq_max += 1  # the last one keeps what texts share
+        # It has cells for a whole pack, not only for its longest text: no reason to warn.
+        c.log_expect(b"> n_ctx_train")
+        try:
+            for _ in range(n_contexts):
+                handle.contexts.append(Context(model, n_seq_max=n_seq_max, **how))
+        finally:
+            c.log_expect(NULL)
         self._context = handle.contexts[0]
         if pack_tokens < 1:
             raise ContextError(f"pack_tokens must be at least 1, not {pack_tokens}")
         handle.ptr = new native.scheduler(
-            self._context._handle.model.ptr, self._context.n_out,
-            self._limits(pack_tokens, n_contexts))
+            self._context._handle.model.ptr, self._limits(pack_tokens, n_contexts))
         for context in handle.contexts:
             handle.ptr.add_worker(context._handle.ptr, context._params)
         # The caller's thread splits texts into tokens, helped by as many as leave no CPU idle.
@@ -107,7 +119,11 @@ cdef class Scheduler:
         bounds.pack_tokens = max(1, min(pack_tokens, most))
         # On a CPU a pack costs about as much as 120 tokens before its first token is computed.
         bounds.pack_min = min(128, bounds.pack_tokens)
-        bounds.pack_texts = 1 if self.deterministic else self._context.n_seq_max
+        bounds.pack_texts = self._context.n_seq_max
+        if self._context.has_memory and self._context.n_seq_max > 1:
+            bounds.pack_texts -= 1
+        if self.deterministic:
+            bounds.pack_texts = 1
         bounds.queue_tokens = self._queue_tokens or 32 * n_contexts * bounds.pack_tokens
         return bounds
 
@@ -162,10 +178,40 @@ cdef class Scheduler:
         cdef _SchedulerHandle handle = self.handle()
         handle.ptr.set_limits(self._limits(value, len(handle.contexts)))
 
-    def job(self, Encoder encoder not None, int64_t n_texts, *, bint normalize=False,
-            bint dedup=True):
-        """Return a `Job` for `n_texts` texts."""
-        return Job(self, encoder, n_texts, normalize, dedup)
+    @property
+    def shares_prefix(self):
+        """Whether ids that texts of a job begin with are computed once for all of them.
+
+        That is right where a text's row is that of its last token, and a token sees only those
+        before it.
+        """
+        return (
+            self._context.has_memory and self._context.is_causal and self._context.n_seq_max > 1
+            and not self.deterministic
+            and self._context.pooling_type in (PoolingType.LAST, PoolingType.RANK)
+        )
+
+    def job(self, Encoder encoder not None, int64_t n_texts, *, double norm=0, int width=0,
+            bint dedup=True, bint share=True):
+        """Return a `Job` for `n_texts` texts.
+
+        Parameters
+        ----------
+        encoder : Encoder
+            Makes texts into ids.
+        n_texts : int
+            How many texts will be added.
+        norm : float
+            p of the p-norm that rows are divided by; 0: none; inf: the greatest absolute value;
+            -16: that, scaled to 32760.
+        width : int
+            Numbers of a row that are wanted, from the first; 0: all.
+        dedup : bool
+            Compute equal texts once.
+        share : bool
+            Compute what the texts begin with once, if `shares_prefix`.
+        """
+        return Job(self, encoder, n_texts, norm, width, dedup, share)
 
     def future(self, Job job not None, convert=None):
         """Return a `concurrent.futures.Future` of a job, to which all texts have been added.
@@ -254,12 +300,12 @@ cdef class Job:
     cdef bint _pooled
 
     def __init__(self, Scheduler scheduler not None, Encoder encoder not None, int64_t n_texts,
-                 bint normalize, bint dedup):
+                 double norm, int width, bint dedup, bint share):
         self._scheduler = scheduler
         self._handle = scheduler.handle()
         self._encoder = encoder
         self._n_texts = n_texts
-        self._n_out = scheduler._context.n_out
+        self._n_out = width or scheduler._context.n_out
         self._pooled = scheduler._context.pooling_type != PoolingType.NONE
         if self._pooled:
             self.rows = np.zeros((n_texts, self._n_out), dtype=np.float32)
@@ -267,8 +313,13 @@ cdef class Job:
             self.rows = [np.empty((0, self._n_out), dtype=np.float32)] * n_texts
         self.done = np.zeros(n_texts, dtype=bool)
         self._job = new native.job()
-        self._job.normalize = normalize
+        self._job.norm = norm
+        self._job.width = self._n_out
+        # A score may be zero; no text that a model understood has a vector of zeros.
+        self._job.may_be_zero = scheduler._context.pooling_type == PoolingType.RANK
         self._job.dedup = dedup and not scheduler.deterministic
+        if share and encoder._common.size() >= SHARED_MIN and scheduler.shares_prefix:
+            self._job.shared = encoder._common
         cdef uint8_t[::1] done = self.done.view(np.uint8)
         if n_texts:
             self._job.done = &done[0]
@@ -453,7 +504,7 @@ cdef class Job:
         elif what.kind == native.failure_kind.no_memory:
             error = AllocationError(f"not enough memory to compute text {what.index}")
         elif what.kind == native.failure_kind.numerical:
-            error = NumericalError(what.index)
+            error = NumericalError(what.index, message)
         elif what.kind == native.failure_kind.thrown:
             error = DecodeError(-3, f"{message} (text {what.index})")
         elif what.kind == native.failure_kind.closed:

@@ -17,8 +17,8 @@ import tempfile
 import venv
 from pathlib import Path
 
-# Reports that say nothing of us: glibc frees the thread-local memory of a thread that has ended when
-# it gives its stack to a new one, and orders the two by a lock that the sanitizer does not see.
+# Reports that say nothing of us: glibc frees the thread-local memory of a thread that has ended
+# when it gives its stack to a new one, ordered by a lock that the sanitizer does not see.
 SUPPRESSIONS = "race:_dl_deallocate_tls\n"
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -264,6 +264,14 @@ encode_status encoding::encode(std::string_view text, token_vector & out, int64_
     return encode_status::ok;
 }
 
+token_vector encoding::common() const {
+    token_vector out = prefix;
+    if (!lead.empty() && tokenize(vocab, lead, parse_special, decompose, out) && out.size() > prefix.size()) {
+        out.pop_back();
+    }
+    return out;
+}
+
 namespace {
 
 encoded encode_run(const encoding & how, const source * texts, size_t n) {

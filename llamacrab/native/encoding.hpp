@@ -42,6 +42,10 @@ struct encoding {
     // Append the ids of `text` to `out`; on failure `out` is as before. `n_tokens` is the text's
     // length before any cut, special tokens counted.
     encode_status encode(std::string_view text, token_vector & out, int64_t & n_tokens) const;
+
+    // Ids that nearly every text begins with: the prefix, and the tokens of `lead` but for the last,
+    // which may come out otherwise where the text touches it.
+    token_vector common() const;
 };
 
 // A text, or ids that are taken as they are: then `bytes` are those of the ids.

@@ -21,6 +21,7 @@ struct log_thread {
     std::string line;    // the unfinished line
     std::string errors;  // finished error lines since log_take_errors()
     bool        muted = false;  // what this thread says now is expected, and nobody's concern
+    const char * expected = nullptr;  // likewise a line that holds this
 };
 
 inline log_state & log_shared() {
@@ -56,7 +57,8 @@ inline void log_callback(ggml_log_level level, const char * text, void *) noexce
         local.errors += local.errors.empty() ? "" : "; ";
         local.errors += local.line;
     }
-    if (auto sink = shared.sink.load(); wanted && sink) {
+    const bool expected = local.expected && local.line.find(local.expected) != std::string::npos;
+    if (auto sink = shared.sink.load(); wanted && sink && !expected) {
         // The sink runs Python, which may log again on this thread: give it a line of its own.
         const std::string line = std::move(local.line);
         local.line.clear();
@@ -76,6 +78,9 @@ inline std::string log_take_errors() {
 
 // An abort that we asked for is no error, though llama.cpp logs it as one.
 inline void log_mute(bool muted) { log_local().muted = muted; }
+
+// Drop lines of this thread that hold `part`, which must stay there; null: none.
+inline void log_expect(const char * part) { log_local().expected = part; }
 
 inline void log_install(log_sink sink) {
     log_shared().sink = sink;

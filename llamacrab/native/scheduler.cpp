@@ -37,6 +37,36 @@ bool same_ids(const item & a, const item & b) {
     return a.n_tokens == b.n_tokens && std::equal(ids_of(a), ids_of(a) + a.n_tokens, ids_of(b));
 }
 
+bool begins_with(const item & i, const token_vector & ids) {
+    return !ids.empty() && size_t(i.n_tokens) > ids.size() && std::equal(ids.begin(), ids.end(), ids_of(i));
+}
+
+// Whether texts of two jobs may rest on the same shared ids.
+bool share(const item & a, const item & b) {
+    return a.n_shared && b.n_shared && (a.owner == b.owner || a.owner->shared == b.owner->shared);
+}
+
+// The p-norm of a row, or one of the norms beside it.
+double norm_of(const float * row, int32_t n, double p) {
+    double sum = 0, most = 0;
+    if (p == 2) {
+        for (int32_t e = 0; e < n; ++e) {
+            sum += double(row[e]) * row[e];
+        }
+        return std::sqrt(sum);
+    }
+    for (int32_t e = 0; e < n; ++e) {
+        most = std::max(most, std::abs(double(row[e])));
+    }
+    if (p == norm_max || p == norm_int16) {
+        return p == norm_max ? most : most / 32760;
+    }
+    for (int32_t e = 0; e < n; ++e) {
+        sum += std::pow(std::abs(row[e]) / most, p);  // relative to the greatest: no power underflows
+    }
+    return most * std::pow(sum, 1 / p);
+}
+
 }  // namespace
 
 // ---------------------------------------------------------------------------------------- waiter
@@ -80,6 +110,8 @@ struct scheduler::worker {
     std::vector<failure> results;  // one for each text of the pack
     worker_stats         stats;    // [mutex]
     pack_record          record;         // of this pack
+    token_vector         shared;         // ids that the context's memory holds, under its last seq_id
+    size_t               n_used = 0;     // sequences that its memory holds besides
     bool                 spoil = false;  // an injected fault: take its rows for NaN
     std::atomic<bool>    abort{false};
     std::thread          thread;
@@ -112,6 +144,7 @@ struct scheduler::worker {
 
     // Leave a context whose state an exception has put in doubt.
     void renew(llama_model * model) {
+        shared.clear();
         if (llama_context * fresh = llama_init_from_model(model, params)) {
             free_renewed();
             context = renewed = fresh;
@@ -122,7 +155,7 @@ struct scheduler::worker {
 
 // ------------------------------------------------------------------------------------- life cycle
 
-scheduler::scheduler(llama_model * m, int32_t n, limits b) : model(m), row_size(n), bounds(b) {}
+scheduler::scheduler(llama_model * m, limits b) : model(m), bounds(b) {}
 
 scheduler::~scheduler() { close(); }
 
@@ -184,7 +217,8 @@ bool scheduler::admit(job & j, std::unique_ptr<chunk> texts) {
     std::stable_sort(items.begin(), items.end(),
                      [](const item & a, const item & b) { return a.n_tokens > b.n_tokens; });
     for (item & i : items) {
-        i.hash = j.dedup ? hash_of(i) : 0;
+        i.hash     = j.dedup ? hash_of(i) : 0;
+        i.n_shared = begins_with(i, j.shared) ? int32_t(j.shared.size()) : 0;
     }
     std::lock_guard<std::mutex> hold(mutex);
     if (stopping) {
@@ -370,14 +404,19 @@ void scheduler::take_pack(worker & w) {
 void scheduler::take_from(job & j, worker & w, int64_t & room) {
     while (!j.waiting.empty() && w.pack.size() < size_t(bounds.pack_texts)) {
         item * next = j.waiting.front();
-        if (next->n_tokens > room && !w.pack.empty()) {
+        if (!w.pack.empty() && !share(*next, *w.pack.front())) {
+            next->n_shared = 0;  // a pack rests on the shared ids of its first text, or on none
+        }
+        const int32_t cost = next->n_tokens - next->n_shared;
+        if (cost > room && !w.pack.empty()) {
+            next->n_shared = begins_with(*next, j.shared) ? int32_t(j.shared.size()) : 0;
             return;
         }
         j.waiting.pop_front();
         j.waiting_tokens -= next->n_tokens;
         n_waiting_tokens -= next->n_tokens;
         n_waiting_texts -= 1;
-        room -= next->n_tokens;
+        room -= cost;
         w.pack.push_back(next);
     }
 }
@@ -442,21 +481,25 @@ void scheduler::compute(worker & w) {
     }
 }
 
+namespace {
+
+// Add the tokens [first, n_tokens) of a text to a batch.
+void add_to(llama_batch & batch, const llama_token * ids, int32_t first, int32_t n_tokens, size_t seq_id) {
+    for (int32_t pos = first; pos < n_tokens; ++pos) {
+        const int32_t at    = batch.n_tokens++;
+        batch.token[at]     = ids[pos];
+        batch.pos[at]       = pos;
+        batch.n_seq_id[at]  = 1;
+        batch.seq_id[at][0] = llama_seq_id(seq_id);
+        batch.logits[at]    = 1;  // llama.cpp wants every token as an output for embeddings
+    }
+}
+
+}  // namespace
+
 failure scheduler::decode(worker & w, const item * const * items, size_t n) {
     const auto    started = clock::now();
     llama_batch & batch   = w.batch;
-    batch.n_tokens        = 0;
-    for (size_t seq_id = 0; seq_id < n; ++seq_id) {
-        const llama_token * ids = ids_of(*items[seq_id]);
-        for (int32_t pos = 0; pos < items[seq_id]->n_tokens; ++pos) {
-            const int32_t at    = batch.n_tokens++;
-            batch.token[at]     = ids[pos];
-            batch.pos[at]       = pos;
-            batch.n_seq_id[at]  = 1;
-            batch.seq_id[at][0] = llama_seq_id(seq_id);
-            batch.logits[at]    = 1;  // llama.cpp wants every token as an output for embeddings
-        }
-    }
     const fault_kind injected = next_fault();
     if (injected == fault_kind::throws) {
         throw std::runtime_error("injected");
@@ -464,18 +507,23 @@ failure scheduler::decode(worker & w, const item * const * items, size_t n) {
     if (injected == fault_kind::no_memory) {
         throw std::bad_alloc();
     }
-    if (llama_memory_t memory = llama_get_memory(w.context)) {
-        llama_memory_clear(memory, false);
-    }
     w.spoil = injected == fault_kind::not_finite;
     log_take_errors();
-    const int32_t code = injected == fault_kind::decode_error ? -3 : llama_decode(w.context, batch);
+    int32_t code = prepare_memory(w, items, n);
+    batch.n_tokens = 0;
+    for (size_t seq_id = 0; seq_id < n; ++seq_id) {
+        add_to(batch, ids_of(*items[seq_id]), items[seq_id]->n_shared, items[seq_id]->n_tokens, seq_id);
+    }
+    if (code == 0) {
+        code = injected == fault_kind::decode_error ? -3 : llama_decode(w.context, batch);
+    }
     llama_synchronize(w.context);
     log_mute(false);
     w.record.decode_seconds += seconds_between(started, clock::now());
     if (code == 0) {
         return failure();
     }
+    w.shared.clear();  // whether its memory still holds them is in doubt
     if (w.abort) {
         return make_failure(failure_kind::cancelled, code, "aborted");
     }
@@ -483,6 +531,40 @@ failure scheduler::decode(worker & w, const item * const * items, size_t n) {
         return make_failure(failure_kind::decode, code, "the context's memory has no room for these tokens");
     }
     return make_failure(failure_kind::decode, code, log_take_errors());
+}
+
+// Empty the memory of a causal model of the texts before, and have it hold what these share: ids that
+// all texts of a call begin with are computed once, and every text goes on from them. Returns what
+// llama_decode did.
+int32_t scheduler::prepare_memory(worker & w, const item * const * items, size_t n) {
+    const llama_memory_t memory = llama_get_memory(w.context);
+    if (!memory) {
+        return 0;
+    }
+    static const token_vector none;
+    const token_vector &      shared = items[0]->n_shared ? items[0]->owner->shared : none;
+    const auto                keeper = llama_seq_id(llama_n_seq_max(w.context) - 1);
+    if (shared.empty() || shared != w.shared) {
+        llama_memory_clear(memory, false);
+        w.shared.clear();
+        w.batch.n_tokens = 0;
+        add_to(w.batch, shared.data(), 0, int32_t(shared.size()), size_t(keeper));
+        if (const int32_t code = shared.empty() ? 0 : llama_decode(w.context, w.batch)) {
+            return code;
+        }
+        w.shared = shared;
+    } else {
+        for (size_t seq_id = 0; seq_id < w.n_used; ++seq_id) {
+            llama_memory_seq_rm(memory, llama_seq_id(seq_id), -1, -1);
+        }
+    }
+    w.n_used = n;
+    for (size_t seq_id = 0; seq_id < n; ++seq_id) {
+        if (items[seq_id]->n_shared) {
+            llama_memory_seq_cp(memory, keeper, llama_seq_id(seq_id), -1, -1);
+        }
+    }
+    return 0;
 }
 
 failure scheduler::copy_row(worker & w, const item & i, int32_t seq_id, int32_t first_token) const {
@@ -493,16 +575,17 @@ failure scheduler::copy_row(worker & w, const item & i, int32_t seq_id, int32_t 
         if (!row) {
             return make_failure(failure_kind::decode, 0, "llama.cpp has no row for this text");
         }
-        double square = 0;
-        for (int32_t e = 0; e < row_size; ++e) {
-            square += double(row[e]) * row[e];
-        }
+        const job &   j      = *i.owner;
+        const double  square = norm_of(row, j.width, 2);
         if (!std::isfinite(square) || w.spoil) {
-            return make_failure(failure_kind::numerical, 0, "");
+            return make_failure(failure_kind::numerical, 0, "NaN or infinite");
         }
-        const float scale = i.owner->normalize && square > 0 ? float(1 / std::sqrt(square)) : 1.0f;
-        float *     into  = i.row + size_t(k) * row_size;
-        for (int32_t e = 0; e < row_size; ++e) {
+        if (square == 0 && !j.may_be_zero) {
+            return make_failure(failure_kind::numerical, 0, "all zero");
+        }
+        const float scale = j.norm == norm_none ? 1.0f : float(1 / norm_of(row, j.width, j.norm));
+        float *     into  = i.row + size_t(k) * j.width;
+        for (int32_t e = 0; e < j.width; ++e) {
             into[e] = row[e] * scale;
         }
     }
@@ -517,7 +600,7 @@ void scheduler::finish(worker & w, double seconds) {
     record.seconds       = seconds;
     record.queued_tokens = n_waiting_tokens;
     for (const item * i : w.pack) {
-        record.n_tokens += i->n_tokens;
+        record.n_tokens += i->n_tokens - i->n_shared;
     }
     packs.push_back(record);
     n_packs += 1;
@@ -559,7 +642,7 @@ void scheduler::finish_item(item & first, const failure & what) {
         }
     }
     const float * const row = first.row;
-    const size_t        n   = size_t(std::max(first.n_rows, 1)) * row_size;
+    const size_t        n   = size_t(std::max(first.n_rows, 1)) * j.width;
     for (item * i = &first; i;) {
         item * next = i->same;
         if (ok) {

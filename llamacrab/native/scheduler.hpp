@@ -12,6 +12,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <cmath>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
@@ -44,6 +45,7 @@ struct item {
     int64_t  index    = 0;
     size_t   first    = 0;  // place of its ids in the chunk's tokens
     int32_t  n_tokens = 0;
+    int32_t  n_shared = 0;  // of its first ids, those that are its job's `shared`; all or none of them
     float *  row      = nullptr;
     int32_t  n_rows   = 0;  // rows of tokens to write; 0: the one pooled row
     uint64_t hash     = 0;  // of its ids, where equal texts are computed once
@@ -75,8 +77,11 @@ class waiter {
 };
 
 struct job {
-    bool         normalize = false;  // divide each row by its L2 norm
+    double       norm      = 0;  // p of the norm that each row is divided by; see norm_of
+    int32_t      width     = 0;  // floats of a row that are wanted, from the first
     bool         dedup     = true;
+    bool         may_be_zero = false;  // else a row of zeros is a failure, as NaN is
+    token_vector shared;         // ids with which most texts begin: computed once, where that is right
     uint8_t *    done      = nullptr;  // set to 1 for each text that has its row; may be null
     void *       user      = nullptr;  // handed back by next_finished(), where not null
 
@@ -114,10 +119,15 @@ struct worker_stats {
     double  copy_seconds   = 0;
 };
 
+// The norms beside the p-norms, p >= 1.
+constexpr double norm_none  = 0;
+constexpr double norm_max   = INFINITY;  // the greatest absolute value
+constexpr double norm_int16 = -16;       // the same, scaled to 32760: llama.cpp's embd_normalize = 0
+
 struct limits {
     int32_t pack_tokens  = 0;  // tokens that a pack aims at; a longer text is a pack of its own
     int32_t pack_min     = 0;  // a pack is cut to no fewer tokens to share the rest out; half, if any idle
-    int32_t pack_texts   = 0;  // sequences that a context takes
+    int32_t pack_texts   = 0;  // texts that a context takes together
     int64_t queue_tokens = 0;  // tokens that may wait before a producer does
 };
 
@@ -126,7 +136,7 @@ enum class fault_kind { none, decode_error, no_memory, throws, not_finite };
 
 class scheduler {
   public:
-    scheduler(llama_model * model, int32_t row_size, limits bounds);
+    scheduler(llama_model * model, limits bounds);
     ~scheduler();
 
     // Start a worker on a context, which stays the caller's to free, after close(). `params` makes
@@ -176,6 +186,7 @@ class scheduler {
     void take_from(job & j, worker & w, int64_t & room);         // [mutex]
     void compute(worker & w);
     failure decode(worker & w, const item * const * items, size_t n);
+    int32_t prepare_memory(worker & w, const item * const * items, size_t n);
     failure copy_row(worker & w, const item & i, int32_t seq_id, int32_t first_token) const;
     void finish(worker & w, double seconds);
     void finish_item(item & i, const failure & what);            // [mutex]
@@ -188,7 +199,6 @@ class scheduler {
     fault_kind next_fault();
 
     llama_model * const model;
-    const int32_t       row_size;  // floats of a row
 
     std::mutex              mutex;
     std::condition_variable work;     // workers: something waits, or stop

@@ -1,0 +1,87 @@
+"""Texts longer than fit: windows over their tokens, whose vectors are averaged."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llamacrab.errors import EmptyInputError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from llamacrab._core import Encoder
+
+
+def bounds(n_tokens: int, size: int, overlap: int) -> list[tuple[int, int]]:
+    """Return where windows of `size` tokens begin and end.
+
+    Each begins ``size - overlap`` tokens after the one before it. The last is moved back so that it
+    ends with the text: a short rest would have too little context.
+    """
+    if n_tokens <= size:
+        return [(0, n_tokens)]
+    starts = range(0, n_tokens - size, size - overlap)
+    return [(start, start + size) for start in starts] + [(n_tokens - size, n_tokens)]
+
+
+class Windows:
+    """The texts of one call as windows, and the way back to a row a text.
+
+    Parameters
+    ----------
+    texts : sequence of str or of sequences of int
+        The texts.
+    encoder : Encoder
+        Gives a text's ids with nothing around them and without limit.
+    head, tail : sequence of int
+        What stands around every window of a text; nothing is put around ids.
+    size, overlap : int
+        Tokens of a window, head and tail not counted, and those shared with the one before.
+    """
+
+    def __init__(
+        self,
+        texts: Sequence[Any],
+        encoder: Encoder,
+        *,
+        head: Sequence[int],
+        tail: Sequence[int],
+        size: int,
+        overlap: int,
+    ) -> None:
+        self.units: list[Any] = []
+        firsts, weights = [], []
+        for i, text in enumerate(texts):
+            firsts.append(len(self.units))
+            try:
+                ids = encoder.encode(text, i)
+            except EmptyInputError:
+                ids = np.empty(0, dtype=np.int32)
+            parts = bounds(len(ids), size, overlap)
+            weights += [max(1, stop - start) for start, stop in parts]
+            if len(parts) == 1:
+                self.units.append(text)
+            elif isinstance(text, str):
+                self.units += [np.concatenate([head, ids[a:b], tail]) for a, b in parts]
+            else:
+                self.units += [ids[a:b] for a, b in parts]
+        self._firsts = np.array(firsts, dtype=np.intp)
+        self._weights = np.array(weights, dtype=np.float32)
+
+    def pool(self, rows: np.ndarray) -> np.ndarray:
+        """Return a row for each text: the mean of its windows' rows, weighted by their tokens."""
+        if not len(rows):
+            return rows
+        sums = np.add.reduceat(rows * self._weights[:, None], self._firsts, axis=0)
+        means: np.ndarray = sums / np.add.reduceat(self._weights, self._firsts)[:, None]
+        return means
+
+    def done(self, done: np.ndarray) -> np.ndarray:
+        """Return which texts have the rows of all their windows."""
+        return np.logical_and.reduceat(done, self._firsts) if len(done) else done
+
+    def text_of(self, unit: int) -> int:
+        """Return which text a window is of."""
+        return int(np.searchsorted(self._firsts, unit, side="right") - 1)
