@@ -12,6 +12,7 @@ from llamacrab._versions import __version__, show_versions
 from llamacrab.default_model import fetch_default_model
 from llamacrab.errors import LlamaError
 from llamacrab.llama import EmbedOptions, Llama
+from llamacrab.rerank import RerankResult
 
 __all__ = [
     "Batch",
@@ -21,6 +22,7 @@ __all__ = [
     "LlamaError",
     "Model",
     "PoolingType",
+    "RerankResult",
     "SplitMode",
     "Vocab",
     "VocabType",
