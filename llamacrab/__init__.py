@@ -13,6 +13,7 @@ from llamacrab.default_model import fetch_default_model
 from llamacrab.errors import LlamaError
 from llamacrab.llama import Llama, TokenEmbeddings
 from llamacrab.options import EmbedOptions
+from llamacrab.rerank import RerankResult
 
 __all__ = [
     "Batch",
@@ -22,6 +23,7 @@ __all__ = [
     "LlamaError",
     "Model",
     "PoolingType",
+    "RerankResult",
     "SplitMode",
     "TokenEmbeddings",
     "Vocab",

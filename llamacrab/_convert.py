@@ -1,7 +1,12 @@
-"""Convert a sentence-transformers BERT folder into a GGUF, without torch.
+"""Convert a BERT embedder or cross-encoder into a GGUF, without torch.
 
 The keys and tensor names are those of llama.cpp's own converter, so that either file gives the same
 vectors. Only the packages `gguf` and `safetensors` are needed (extra ``minilm``).
+
+A cross-encoder needs two things that llama.cpp's converter does not give it. Its pooler, a dense
+layer before the classifier, is written as ``cls``, after which llama.cpp's graph takes tanh as BERT
+does. And since that graph takes every token for one of segment A, the vocabulary is written twice:
+the second time with (type B - type A) added, for the ids of the document.
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llamacrab._core import Model
+from llamacrab._core import SEGMENT_B_OFFSET, Model
 from llamacrab._extras import require
 from llamacrab.errors import ConvertError, LlamaError
 
@@ -26,6 +31,16 @@ OUTTYPES = ("f32", "f16", "bf16", "q8_0")
 # The converter calls a token special by its role; these are the roles that BERT has.
 SPECIAL_ROLES = ("pad", "unk", "cls", "sep", "mask")
 
+# Where a cross-encoder's head goes. It stays float32: it is small, and every score passes through.
+HEAD = {
+    "pooler.dense.weight": "cls.weight",
+    "pooler.dense.bias": "cls.bias",
+    "classifier.weight": "cls.output.weight",
+    "classifier.bias": "cls.output.bias",
+}
+WORDS = "embeddings.word_embeddings.weight"
+TYPES = "embeddings.token_type_embeddings.weight"
+
 
 def convert(
     folder: str | os.PathLike[str],
@@ -33,13 +48,14 @@ def convert(
     *,
     outtype: str = "bf16",
 ) -> Path:
-    """Convert a folder that holds a BERT embedding model into one GGUF file.
+    """Convert a folder that holds a BERT embedder or cross-encoder into one GGUF file.
 
     Parameters
     ----------
     folder : path
         A Hugging Face or sentence-transformers folder: ``config.json``, ``model.safetensors``,
-        ``vocab.txt`` or ``tokenizer.json``, and, if it says how to pool, ``modules.json``.
+        ``vocab.txt`` or ``tokenizer.json``, and, if it says how to pool, ``modules.json``. A
+        ``BertForSequenceClassification`` becomes a reranker.
     destination : path
         The GGUF to write. It appears whole or not at all.
     outtype : {"bf16", "f16", "f32", "q8_0"}
@@ -65,6 +81,13 @@ def convert(
     gguf = require("gguf", extra="minilm")
     config = _read_json(folder / "config.json")
     _refuse_unknown(config)
+    tensors = {
+        name.removeprefix("bert."): tensor
+        for name, tensor in _tensors(folder / "model.safetensors")
+    }
+    is_reranker = _is_reranker(config)
+    if is_reranker:
+        _check_head(folder, config, tensors)
 
     destination.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=destination.parent, prefix=f".{destination.name}.")
@@ -72,8 +95,17 @@ def convert(
     try:
         writer = gguf.GGUFWriter(name, "bert")
         _write_header(writer, gguf, folder, config, outtype)
-        _write_vocabulary(writer, gguf, folder, config)
-        _write_tensors(writer, gguf, folder, config, outtype)
+        if is_reranker:
+            writer.add_pooling_type(gguf.PoolingType.RANK)
+            writer.add_array("bert.classifier.output_labels", _labels(config, tensors))
+        elif (pooling := _pooling(folder)) is not None:
+            writer.add_pooling_type(gguf.PoolingType[pooling])
+        twice = is_reranker and _has_segments(folder, tensors)
+        _write_vocabulary(writer, gguf, folder, config, twice=twice)
+        if twice:
+            words, types = tensors[WORDS], tensors[TYPES]
+            tensors[WORDS] = np.concatenate([words, words + (types[1] - types[0])])
+        _write_tensors(writer, gguf, folder, config, tensors, outtype)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -135,8 +167,8 @@ def _refuse_unknown(config: dict[str, Any]) -> None:
     if kind != "bert":
         raise ConvertError(f"model_type is {kind!r}; this converter knows 'bert' only")
     heads = [name for name in config.get("architectures") or [] if "Classification" in name]
-    if heads:
-        raise ConvertError(f"{heads[0]} has a classification head; this converter makes embedders")
+    if heads and not _is_reranker(config):
+        raise ConvertError(f"{heads[0]} has a head that gives no score to a text as a whole")
     activation = config.get("hidden_act", "gelu")
     if not str(activation).startswith("gelu"):
         raise ConvertError(f"hidden_act is {activation!r}; llama.cpp computes GELU for BERT")
@@ -148,6 +180,35 @@ def _refuse_unknown(config: dict[str, Any]) -> None:
     positions = config.get("position_embedding_type", "absolute")
     if positions != "absolute":
         raise ConvertError(f"position_embedding_type is {positions!r}, not 'absolute'")
+
+
+def _is_reranker(config: dict[str, Any]) -> bool:
+    return config.get("architectures") == ["BertForSequenceClassification"]
+
+
+def _check_head(
+    folder: Path, config: dict[str, Any], tensors: dict[str, np.ndarray[Any, Any]]
+) -> None:
+    """Refuse a reranker without the tensors that we read before llama.cpp does."""
+    for name in (WORDS, TYPES, *HEAD):
+        if name not in tensors:
+            raise ConvertError(f"{folder} lacks the tensor {name}")
+        width = tensors[name].shape[1:]
+        if name.endswith(".weight") and width != (_size(config, "hidden_size"),):
+            raise ConvertError(f"{folder}: the rows of {name} have shape {width}")
+
+
+def _labels(config: dict[str, Any], tensors: dict[str, np.ndarray[Any, Any]]) -> list[str]:
+    """Return the names of the classes; where the config does not say, those of transformers."""
+    said = config.get("id2label")
+    said = said if isinstance(said, dict) else {}
+    return [str(said.get(str(i), f"LABEL_{i}")) for i in range(len(tensors["classifier.weight"]))]
+
+
+def _has_segments(folder: Path, tensors: dict[str, np.ndarray[Any, Any]]) -> bool:
+    """Return whether the model tells the document from the query by the type of its tokens."""
+    inputs = _tokenizer_settings(folder).get("model_input_names") or ["token_type_ids"]
+    return len(tensors[TYPES]) > 1 and "token_type_ids" in inputs
 
 
 def _write_header(
@@ -166,8 +227,6 @@ def _write_header(
     writer.add_file_type(gguf.LlamaFileType[ftype])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_causal_attention(False)
-    if (pooling := _pooling(folder)) is not None:
-        writer.add_pooling_type(gguf.PoolingType[pooling])
 
 
 def _pooling(folder: Path) -> str | None:
@@ -200,13 +259,16 @@ def _pooling(folder: Path) -> str | None:
     return known[chosen[0]]
 
 
-def _write_vocabulary(writer: Any, gguf: Any, folder: Path, config: dict[str, Any]) -> None:
+def _tokenizer_settings(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    return _read_json(path) if path.is_file() else {}
+
+
+def _write_vocabulary(
+    writer: Any, gguf: Any, folder: Path, config: dict[str, Any], *, twice: bool
+) -> None:
     tokens = _tokens(folder)
-    settings = (
-        _read_json(folder / "tokenizer_config.json")
-        if (folder / "tokenizer_config.json").is_file()
-        else {}
-    )
+    settings = _tokenizer_settings(folder)
     ids = {token: i for i, token in enumerate(tokens)}
     special = {role: ids.get(_special_token(settings, role)) for role in SPECIAL_ROLES}
     if special["cls"] is None or special["sep"] is None:
@@ -226,12 +288,17 @@ def _write_vocabulary(writer: Any, gguf: Any, folder: Path, config: dict[str, An
     writer.add_token_type_count(_size(config, "type_vocab_size"))
     writer.add_tokenizer_model("bert")
     writer.add_tokenizer_pre("jina-v2-en")  # llama.cpp's name for BERT's own splitting
-    writer.add_token_list(
-        [
-            token if kind == gguf.TokenType.CONTROL else _phantom(token)
-            for token, kind in zip(tokens, kinds, strict=True)
-        ]
-    )
+    spelled = [
+        token if kind == gguf.TokenType.CONTROL else _phantom(token)
+        for token, kind in zip(tokens, kinds, strict=True)
+    ]
+    if twice:
+        writer.add_uint32(SEGMENT_B_OFFSET, len(tokens))
+        # A word never holds a space, so that no text can be split into these. Neither are they
+        # control tokens, for each of which llama.cpp searches every text.
+        spelled += [f" {i}" for i in range(len(tokens))]
+        kinds += [gguf.TokenType.UNUSED] * len(tokens)
+    writer.add_token_list(spelled)
     writer.add_token_types(kinds)
     writer.add_bos_token_id(special["cls"])
     writer.add_eos_token_id(special["sep"])
@@ -278,16 +345,23 @@ def _phantom(token: str) -> str:
 
 
 def _write_tensors(
-    writer: Any, gguf: Any, folder: Path, config: dict[str, Any], outtype: str
+    writer: Any,
+    gguf: Any,
+    folder: Path,
+    config: dict[str, Any],
+    tensors: dict[str, np.ndarray[Any, Any]],
+    outtype: str,
 ) -> None:
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.BERT, _size(config, "num_hidden_layers"))
     quantized = gguf.GGMLQuantizationType[outtype.upper()]
     kept_f32 = ("position_embd.weight", "token_types.weight")
-    for source, tensor in _tensors(folder / "model.safetensors"):
-        plain = source.removeprefix("bert.")
-        if plain.startswith(("pooler.", "cls.")) or plain.endswith("position_ids"):
+    for source, tensor in tensors.items():
+        if source in HEAD and _is_reranker(config):
+            writer.add_tensor(HEAD[source], tensor)
+            continue
+        if source.startswith(("pooler.", "cls.")) or source.endswith("position_ids"):
             continue  # of no use to an embedding
-        name = names.get_name(plain, try_suffixes=(".weight", ".bias"))
+        name = names.get_name(source, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise ConvertError(f"{folder} holds a tensor that BERT does not have: {source}")
         if tensor.ndim < 2 or name in kept_f32 or outtype == "f32":

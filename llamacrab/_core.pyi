@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,9 @@ from typing_extensions import disjoint_base
 _Ids: TypeAlias = Sequence[int] | npt.NDArray[Any]
 _Int32: TypeAlias = npt.NDArray[np.int32]
 _Float32: TypeAlias = npt.NDArray[np.float32]
+_Truncate: TypeAlias = bool | Literal["end", "start", "middle"]
+
+SEGMENT_B_OFFSET: str
 
 class VocabType(enum.IntEnum):
     NONE = 0
@@ -64,6 +67,8 @@ class Vocab:
     def prefix(self) -> tuple[int, ...]: ...
     @property
     def suffix(self) -> tuple[int, ...]: ...
+    @property
+    def segment_b_offset(self) -> int | None: ...
     def __len__(self) -> int: ...
     def tokenize(
         self, text: str, *, add_special: bool = True, parse_special: bool = False
@@ -105,6 +110,8 @@ class Model:
     def has_rank_head(self) -> bool: ...
     @property
     def is_causal(self) -> bool: ...
+    @property
+    def has_pooler(self) -> bool: ...
     @property
     def has_position_table(self) -> bool: ...
     @property
@@ -207,12 +214,13 @@ class Encoder:
         vocab: Vocab,
         *,
         limit: int,
-        truncate: bool = False,
+        truncate: _Truncate = False,
         parse_special: bool = False,
         prefix: Sequence[int] | None = None,
         suffix: Sequence[int] | None = None,
         lead: str = "",
         trail: str = "",
+        shift: int = 0,
         text_only: bool = False,
     ) -> None: ...
     @property

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +22,14 @@ from llamacrab.similarity import semantic_search
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from llamacrab.rerank import Activation, Truncate
+
 POOLINGS = {pooling.name.lower(): pooling for pooling in PoolingType if pooling >= 0}
 
 
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code; errors are one line on standard error."""
+    warnings.showwarning = _show_warning
     try:
         # Asked for nothing, it says what it can do.
         arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
@@ -37,6 +42,10 @@ def run(arguments: list[str] | None = None) -> int:
         return _complain(str(error), 1)
     except (click.Abort, KeyboardInterrupt):
         return _complain("interrupted", 130)
+
+
+def _show_warning(message: Warning | str, *where: object, **how: object) -> None:
+    _complain(f"warning: {message}", 0)
 
 
 def _complain(message: str, code: int) -> int:
@@ -52,6 +61,11 @@ def main() -> None:
 
 def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that say which model computes, and how."""
+
+    @functools.wraps(command)
+    def merged(*, truncate: bool, truncate_side: str | None, **given: Any) -> None:
+        command(truncate=truncate_side or truncate, **given)
+
     for option in (
         click.option(
             "--model",
@@ -76,6 +90,11 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--n-gpu-layers", type=int, default=-1, help="Layers on GPUs; -1: all."),
         click.option("--truncate", is_flag=True, help="Cut texts that are too long."),
         click.option(
+            "--truncate-side",
+            type=click.Choice(["end", "start", "middle"]),
+            help="Cut them there: --truncate is --truncate-side end.",
+        ),
+        click.option(
             "--field",
             metavar="NAME",
             default="text",
@@ -83,8 +102,8 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Field of a .jsonl line that holds the text.",
         ),
     ):
-        command = option(command)
-    return command
+        merged = option(merged)
+    return merged
 
 
 def _open(model: Path | None, pooling: PoolingType, **sizes: int) -> Llama:
@@ -119,7 +138,7 @@ def embed(
     pooling: str | None,
     no_normalize: bool,
     model: Path | None,
-    truncate: bool,
+    truncate: Truncate,
     field: str,
     **sizes: int,
 ) -> None:
@@ -141,26 +160,43 @@ def embed(
 @click.argument("query")
 @click.argument("source", metavar="DOCUMENTS")
 @click.option("--top-k", "-k", type=click.IntRange(1), help="Show the best so many only.")
+@click.option(
+    "--activation",
+    type=click.Choice(["none", "sigmoid", "softmax"]),
+    default="none",
+    show_default=True,
+    help="What to apply to the model's outputs.",
+)
 @_model_options
 def rerank(
     query: str,
     source: str,
     top_k: int | None,
+    activation: Activation,
     model: Path | None,
-    truncate: bool,
+    truncate: Truncate,
     field: str,
     **sizes: int,
 ) -> None:
-    """Sort the lines of DOCUMENTS by how well they answer QUERY; needs a reranker as --model."""
+    """Sort the lines of DOCUMENTS by how well they answer QUERY; needs a reranker as --model.
+
+    A model with several classes gives its score for each, a line a document, unsorted.
+    """
     if model is None:
         raise click.UsageError("rerank needs --model, the GGUF of a reranker")
     documents = list(_read_texts(source, field))
     with _open(model, PoolingType.RANK, **sizes) as llama:
-        scores = llama.rerank(query, documents, truncate=truncate)
-    if scores.ndim != 1:
-        raise click.ClickException(f"this model has {scores.shape[1]} classes: use the library")
-    for i in np.argsort(-scores, kind="stable")[:top_k]:
-        click.echo(f"{scores[i]:.4f}\t{documents[i]}")
+        scores = llama.rerank(query, documents, activation=activation, truncate=truncate)
+        labels = llama.labels
+    if scores.ndim == 1:
+        for i in np.argsort(-scores, kind="stable")[:top_k]:
+            click.echo(f"{scores[i]:.4f}\t{documents[i]}")
+        return
+    if top_k is not None:
+        raise click.ClickException(f"{scores.shape[1]} classes give no order: leave out --top-k")
+    for row, document in zip(scores, documents, strict=True):
+        shown = [f"{label}={score:.4f}" for label, score in zip(labels, row, strict=True)]
+        click.echo("\t".join([*shown, document]))
 
 
 @main.command()
@@ -181,7 +217,7 @@ def search(
     top_k: int,
     vectors: Path | None,
     model: Path | None,
-    truncate: bool,
+    truncate: Truncate,
     field: str,
     **sizes: int,
 ) -> None:
@@ -221,7 +257,9 @@ def info(path: Path | None) -> None:
             "pooling": model.pooling_type.name.lower(),
             "rank head": f"{model.n_cls_out} {model.cls_labels}" if model.has_rank_head else "no",
             "rerank template": "yes" if model.chat_template("rerank") else "no",
-            "vocabulary": f"{model.vocab.n_tokens} tokens, {model.vocab.vocab_type.name}",
+            "vocabulary": f"{model.vocab.segment_b_offset or model.vocab.n_tokens} tokens, "
+            f"{model.vocab.vocab_type.name}"
+            + (", and again for the document" if model.vocab.segment_b_offset else ""),
             "special tokens": f"{_pieces(model, model.vocab.prefix)} text "
             f"{_pieces(model, model.vocab.suffix)}".strip(),
         }

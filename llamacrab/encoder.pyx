@@ -1,5 +1,13 @@
 # From a text to the token ids that a model reads, within a limit.
 
+_TRUNCATE = {
+    False: <int>native.truncate_side.none,
+    True: <int>native.truncate_side.end,
+    "end": <int>native.truncate_side.end,
+    "start": <int>native.truncate_side.start,
+    "middle": <int>native.truncate_side.middle,
+}
+
 
 cdef class Encoder:
     """How the texts of one call become token ids. The rules are in native/encoding.cpp.
@@ -10,14 +18,17 @@ cdef class Encoder:
         The model's vocabulary.
     limit : int
         Tokens that fit, special tokens counted.
-    truncate : bool
-        Cut the end of a text that is too long, but nothing that stands after it.
+    truncate : bool or {"end", "start", "middle"}
+        Which part of a text that is too long to cut away, True being its end; never anything that
+        stands around it. "middle" keeps the first half of what fits, rounded up, and the last half.
     parse_special : bool
         Read the spelling of a special token in a text as that token.
     prefix, suffix : sequence of int, optional
         Ids before and after a text; by default those that the model was trained with.
     lead, trail : str
         Text before and after, split into tokens together with the text.
+    shift : int
+        Added to ids below it between prefix and suffix: `Vocab.segment_b_offset` for a document.
     text_only : bool
         Refuse token ids, around which nothing of this can be put.
     """
@@ -27,14 +38,16 @@ cdef class Encoder:
     cdef bint _text_only
     cdef readonly Vocab vocab
 
-    def __init__(self, Vocab vocab not None, *, int limit, bint truncate=False,
+    def __init__(self, Vocab vocab not None, *, int limit, truncate=False,
                  bint parse_special=False, prefix=None, suffix=None, str lead="", str trail="",
-                 bint text_only=False):
+                 int shift=0, bint text_only=False):
+        cdef int side = _truncate_side(truncate)
         self.vocab = vocab
         self._text_only = text_only
         self._native.vocab = vocab._ptr
         self._native.limit = limit
-        self._native.truncate = truncate
+        self._native.shift = shift
+        self._native.truncate = <native.truncate_side>side
         self._native.parse_special = parse_special
         self._native.decompose = vocab._decompose
         for token in vocab.prefix if prefix is None else prefix:
@@ -98,13 +111,22 @@ cdef class Encoder:
         cdef int64_t limit = self._native.limit
         if len(array) <= limit:
             return array
-        if not self._native.truncate:
+        if self._native.truncate == native.truncate_side.none:
             raise TextTooLongError(len(array), limit, index)
-        # Ids that end with the closing tokens keep them through a cut, as a text does.
-        suffix = self.vocab.suffix
-        if suffix and tuple(array[-len(suffix):]) == suffix and limit > len(suffix):
-            return np.concatenate([array[:limit - len(suffix)], array[-len(suffix):]])
-        return array[:limit]
+        # Ids that begin and end with the special tokens keep them through a cut, as a text does.
+        prefix, suffix = self.vocab.prefix, self.vocab.suffix
+        cdef Py_ssize_t n_before = len(prefix), n_after = len(suffix)
+        if tuple(array[:n_before]) != prefix:
+            n_before = 0
+        if tuple(array[len(array) - n_after:]) != suffix:
+            n_after = 0
+        if n_before + n_after >= limit:
+            n_before = n_after = 0
+        cdef int64_t room = limit - n_before - n_after
+        cdef int64_t first = native.first_kept(self._native.truncate, room)
+        return np.concatenate(
+            [array[:n_before + first], array[len(array) - (room - first) - n_after:]]
+        )
 
     cdef object error(self, native.encode_status status, int64_t n_tokens, int64_t index):
         if status == native.encode_status.too_long:
@@ -117,3 +139,12 @@ cdef class Encoder:
                 "what stands around it: make n_ctx larger"
             )
         return InputError(f"text {index}: {_UNSPLITTABLE}")
+
+
+cdef int _truncate_side(truncate) except -1:
+    try:
+        return _TRUNCATE[truncate]
+    except (KeyError, TypeError):
+        raise InputError(
+            f"truncate must be False, True, 'end', 'start' or 'middle', not {truncate!r}"
+        ) from None

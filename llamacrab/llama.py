@@ -6,19 +6,19 @@ import itertools
 import logging
 import time
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import numpy as np
 
 from llamacrab import aio, tuning
-from llamacrab._core import Job, Model, PoolingType, Scheduler, SplitMode
+from llamacrab._core import Encoder, Job, Model, PoolingType, Scheduler, SplitMode
 from llamacrab._extras import require
 from llamacrab.default_model import resolve
 from llamacrab.errors import ClosedError, InputError, LlamaError, PoolingError
 from llamacrab.options import EmbedKeywords, EmbedOptions, merge
 from llamacrab.plan import Plan, Prepared
 from llamacrab.prompts import prompts_of
-from llamacrab.rerank import PairTemplate
+from llamacrab.rerank import Pairs, PairTemplate, Scoring, warn_of_wrong_scores
 
 if TYPE_CHECKING:
     import os
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from typing import TypeAlias
 
     from typing_extensions import Unpack
+
+    from llamacrab.rerank import Activation, RerankResult, Truncate
 
     Text: TypeAlias = str | Sequence[int] | np.ndarray
 
@@ -184,7 +186,8 @@ class Llama:
         self._calibration = tuning.Calibration(self._scheduler) if may_tune else None
         self.prompts = prompts_of(self.model.metadata)
         self._plans: dict[str, Plan] = {}
-        self._is_yes_no = self.model.cls_labels == ["yes", "no"]
+        if self.pooling_type == PoolingType.RANK:
+            warn_of_wrong_scores(self.model)
 
     def close(self) -> None:
         """Stop all work at once and free the model; calls that are running raise `ClosedError`."""
@@ -505,14 +508,61 @@ class Llama:
 
     # ------------------------------------------------------------------------------- reranking
 
+    @property
+    def labels(self) -> list[str]:
+        """Names of the classes that the head of a reranker tells apart, if the GGUF has them."""
+        return self.model.cls_labels
+
+    @overload
     def rerank(
         self,
         query: str,
         documents: Iterable[str],
         *,
-        truncate: bool = False,
+        top_k: None = None,
+        activation: Activation = "none",
+        return_documents: Literal[False] = False,
+        truncate: Truncate = False,
         timeout: float | None = None,
-    ) -> np.ndarray:
+    ) -> np.ndarray: ...
+
+    @overload
+    def rerank(
+        self,
+        query: str,
+        documents: Iterable[str],
+        *,
+        top_k: int,
+        activation: Activation = "none",
+        return_documents: bool = False,
+        truncate: Truncate = False,
+        timeout: float | None = None,
+    ) -> list[RerankResult]: ...
+
+    @overload
+    def rerank(
+        self,
+        query: str,
+        documents: Iterable[str],
+        *,
+        top_k: int | None = None,
+        activation: Activation = "none",
+        return_documents: Literal[True],
+        truncate: Truncate = False,
+        timeout: float | None = None,
+    ) -> list[RerankResult]: ...
+
+    def rerank(
+        self,
+        query: str,
+        documents: Iterable[str],
+        *,
+        top_k: int | None = None,
+        activation: Activation = "none",
+        return_documents: bool = False,
+        truncate: Truncate = False,
+        timeout: float | None = None,
+    ) -> np.ndarray | list[RerankResult]:
         """Return how well each document answers the query, by the model's own head.
 
         Parameters
@@ -521,8 +571,17 @@ class Llama:
             The query.
         documents : iterable of str
             The documents.
-        truncate : bool
-            Cut a document that is too long beside the query, instead of raising.
+        top_k : int, optional
+            Return the best so many documents, sorted.
+        activation : {"none", "sigmoid", "softmax"}
+            Applied to the outputs of the head: the logistic function to each, or the softmax over
+            the classes of a head that has several. Neither changes what llama.cpp has turned into
+            probabilities already (Qwen3 rerankers).
+        return_documents : bool
+            Return sorted results that hold the documents themselves.
+        truncate : bool or {"end", "start", "middle"}
+            Which part of a document that is too long beside the query to cut away, instead of
+            raising; True is the end. Never anything but the document.
         timeout : float, optional
             Seconds after which to give up with `LlamaTimeoutError`.
 
@@ -531,7 +590,9 @@ class Llama:
         ndarray of float32, shape (n_documents,)
             Scores in the order of the documents, higher is better. They are the head's raw outputs,
             but for Qwen3 rerankers, where llama.cpp's graph already gives the probability of "yes".
-            A head with several classes gives shape (n_documents, n_cls_out).
+            A head with several classes gives shape (n_documents, n_cls_out), named by `labels`.
+        list of RerankResult
+            With `top_k` or `return_documents`: ``index``, ``score`` and ``document``, best first.
 
         Raises
         ------
@@ -539,25 +600,112 @@ class Llama:
             The model has no classification head.
         TextTooLongError
             A pair is too long.
+        InputError
+            An argument is wrong, or means nothing for this head: the softmax over one output, an
+            order of documents by several classes.
         """
         documents = _as_list(documents, "rerank")
+        scoring = self._scoring(
+            activation, documents=documents, top_k=top_k, return_documents=return_documents
+        )
         job = self._rerank_job(query, len(documents), truncate)
-        return self._scores(self._run(job, documents, timeout=timeout))
+        return cast("np.ndarray", scoring(self._run(job, documents, timeout=timeout)))
+
+    def rerank_pairs(
+        self,
+        pairs: Iterable[tuple[str, str]],
+        *,
+        activation: Activation = "none",
+        truncate: Truncate = False,
+        timeout: float | None = None,
+    ) -> np.ndarray:
+        """Return how well the document of each pair answers the query of the pair.
+
+        Pairs of all queries share packs, which is faster than a call of `rerank` for each query.
+
+        Parameters
+        ----------
+        pairs : iterable of (str, str)
+            Query and document of each.
+        activation, truncate, timeout
+            As for `rerank`.
+
+        Returns
+        -------
+        ndarray of float32, shape (n_pairs,)
+            Scores in the order of the pairs; with several classes shape (n_pairs, n_cls_out).
+        """
+        scoring = self._scoring(activation)
+        wanted = self._pairs(_as_list(pairs, "rerank_pairs"), truncate)
+        job = self._pairs_job(len(wanted))
+        return cast("np.ndarray", scoring(self._run(job, wanted, timeout=timeout)))
+
+    @overload
+    async def arerank(
+        self,
+        query: str,
+        documents: Iterable[str],
+        *,
+        top_k: None = None,
+        activation: Activation = "none",
+        return_documents: Literal[False] = False,
+        truncate: Truncate = False,
+    ) -> np.ndarray: ...
+
+    @overload
+    async def arerank(
+        self,
+        query: str,
+        documents: Iterable[str],
+        *,
+        top_k: int,
+        activation: Activation = "none",
+        return_documents: bool = False,
+        truncate: Truncate = False,
+    ) -> list[RerankResult]: ...
+
+    @overload
+    async def arerank(
+        self,
+        query: str,
+        documents: Iterable[str],
+        *,
+        top_k: int | None = None,
+        activation: Activation = "none",
+        return_documents: Literal[True],
+        truncate: Truncate = False,
+    ) -> list[RerankResult]: ...
 
     async def arerank(
-        self, query: str, documents: Iterable[str], *, truncate: bool = False
-    ) -> np.ndarray:
+        self,
+        query: str,
+        documents: Iterable[str],
+        *,
+        top_k: int | None = None,
+        activation: Activation = "none",
+        return_documents: bool = False,
+        truncate: Truncate = False,
+    ) -> np.ndarray | list[RerankResult]:
         """Await how well each document answers the query; see `rerank`."""
         documents = _as_list(documents, "arerank")
+        scoring = self._scoring(
+            activation, documents=documents, top_k=top_k, return_documents=return_documents
+        )
         job = self._rerank_job(query, len(documents), truncate)
-        scores = await aio.run(self._scheduler, job, documents, self._scores)
-        return cast("np.ndarray", scores)
+        return cast("np.ndarray", await aio.run(self._scheduler, job, documents, scoring))
 
-    def _scores(self, rows: Any) -> np.ndarray:
-        # A Qwen3 head's two outputs are the softmax over yes and no: one number says all.
-        if rows.shape[1] == 1 or self._is_yes_no:
-            return np.ascontiguousarray(rows[:, 0])
-        return cast("np.ndarray", rows)
+    async def arerank_pairs(
+        self,
+        pairs: Iterable[tuple[str, str]],
+        *,
+        activation: Activation = "none",
+        truncate: Truncate = False,
+    ) -> np.ndarray:
+        """Await how well the document of each pair answers its query; see `rerank_pairs`."""
+        scoring = self._scoring(activation)
+        wanted = self._pairs(_as_list(pairs, "arerank_pairs"), truncate)
+        job = self._pairs_job(len(wanted))
+        return cast("np.ndarray", await aio.run(self._scheduler, job, wanted, scoring))
 
     # ------------------------------------------------------------------------------- the rest
 
@@ -628,7 +776,7 @@ class Llama:
             work.restate(error)
             raise
 
-    def _rerank_job(self, query: str, n_documents: int, truncate: bool) -> Job:
+    def _scoring(self, activation: Activation, **wanted: Any) -> Scoring:
         if self.pooling_type != PoolingType.RANK:
             raise PoolingError(
                 "this model is used as an embedder"
@@ -638,13 +786,22 @@ class Llama:
                     else " and has no classification head: reranking needs a reranker's GGUF"
                 )
             )
+        return Scoring(self.model, activation, **wanted)
+
+    def _rerank_job(self, query: str, n_documents: int, truncate: Truncate) -> Job:
         encoder = PairTemplate(self.model, query).encoder(limit=self._limit, truncate=truncate)
         return self._scheduler.job(encoder, n_documents)
+
+    def _pairs(self, pairs: list[Any], truncate: Truncate) -> Pairs:
+        return Pairs(self.model, pairs, limit=self._limit, truncate=truncate)
+
+    def _pairs_job(self, n_pairs: int) -> Job:
+        return self._scheduler.job(Encoder(self.model.vocab, limit=self._limit), n_pairs)
 
     def _run(
         self,
         job: Job,
-        texts: list[Any],
+        texts: list[Any] | Pairs,
         *,
         timeout: float | None = None,
         progress: bool = False,

@@ -172,6 +172,11 @@ cdef class Model:
         return self.metadata.get(f"{self.arch}.attention.causal", "true") == "true"
 
     @property
+    def has_pooler(self):
+        """Whether the classification head has a dense layer (``cls.weight``), as BERT's has."""
+        return "cls.weight" in self._head_tensors
+
+    @property
     def has_position_table(self):
         """Whether positions are learned one by one, so that none beyond `n_ctx_train` exists."""
         return "position_embd.weight" in self._head_tensors

@@ -40,6 +40,14 @@ cdef extern from "native/encoding.hpp" namespace "llamacrab" nogil:
         empty
         unsplittable
 
+    enum class truncate_side:
+        none
+        end
+        start
+        middle
+
+    int64_t first_kept(truncate_side side, int64_t room)
+
     cppclass encoding:
         const llama_vocab *vocab
         token_vector prefix
@@ -47,7 +55,8 @@ cdef extern from "native/encoding.hpp" namespace "llamacrab" nogil:
         string lead
         string trail
         int32_t limit
-        cbool truncate
+        int32_t shift
+        truncate_side truncate
         cbool parse_special
         cbool decompose
         encode_status encode(string_view text, token_vector &out, int64_t &n_tokens) except +

@@ -13,6 +13,8 @@ from llamacrab.errors import InputError
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from llamacrab.rerank import Truncate
+
 # The p of a p-norm, or what stands for another scale; native/scheduler.hpp has the same numbers.
 NORMS = {"none": 0.0, "l1": 1.0, "l2": 2.0, "max": float("inf")}
 NORM_INT16 = -16.0
@@ -24,7 +26,7 @@ class EmbedKeywords(TypedDict, total=False):
     normalize: bool | str | int
     start_token: bool | int
     end_token: bool | int
-    truncate: bool | str
+    truncate: Truncate
     parse_special: bool
     prompt: str | None
     prompt_name: str | None
@@ -51,9 +53,10 @@ class EmbedOptions:
         with nothing; or with this token id.
     end_token : bool or int
         End with the token that the model was trained to see last (EOS or SEP), likewise.
-    truncate : bool or str
-        What to do with a text that is too long: raise (False), or cut its ``"end"`` (True),
-        its ``"start"`` or its ``"middle"``. Special tokens and the prompt are kept.
+    truncate : bool or {"end", "start", "middle"}
+        Which part of a text that is too long to cut away, instead of raising; True is the end.
+        "middle" keeps the first half of what fits and the last. The special tokens around a text,
+        and the prompt, stay, and count.
     parse_special : bool
         Read the spelling of a special token, such as ``[SEP]``, in a text as that token.
     prompt : str, optional
@@ -79,7 +82,7 @@ class EmbedOptions:
     normalize: bool | str | int = True
     start_token: bool | int = True
     end_token: bool | int = True
-    truncate: bool | str = False
+    truncate: Truncate = False
     parse_special: bool = False
     prompt: str | None = None
     prompt_name: str | None = None

@@ -164,6 +164,7 @@ def normalized(rows: np.ndarray, norm: float) -> np.ndarray:
         return rows
     order = np.inf if norm == NORM_INT16 else norm
     lengths = np.linalg.norm(rows.astype(np.float64), ord=order, axis=-1, keepdims=True)
+    lengths[lengths == 0] = 1  # of a text that failed before it had a row
     scaled: np.ndarray = rows / (lengths / 32760 if norm == NORM_INT16 else lengths)
     return scaled.astype(np.float32)
 

@@ -74,7 +74,7 @@ def quantize(
     low, high = np.asarray(ranges, dtype=np.float32)
     # A dimension that never varied carries nothing; any step will do.
     steps = np.where(high > low, (high - low) / 255, 1)
-    buckets = np.clip((array - low) / steps, 0, 255)
+    buckets = np.clip(np.floor((array - low) / steps), 0, 255)
     if dtype == "uint8":
         return cast("np.ndarray", buckets.astype(np.uint8))
     return cast("np.ndarray", (buckets - 128).astype(np.int8))

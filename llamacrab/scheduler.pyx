@@ -89,6 +89,8 @@ cdef class Scheduler:
         n_seq_max = how.pop("n_seq_max", 1)
         if model.is_causal and n_seq_max < c.llama_max_parallel_sequences():
             n_seq_max += 1  # the last one keeps what texts share
+        if how.get("n_batch"):
+            how["n_batch"] = max(how["n_batch"], n_seq_max)
         # It has cells for a whole pack, not only for its longest text: no reason to warn.
         c.log_expect(b"> n_ctx_train")
         try:

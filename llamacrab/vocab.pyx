@@ -14,6 +14,9 @@ class VocabType(enum.IntEnum):
     TEST = 7
 
 
+# The key of a GGUF that tells how many tokens come before their second copies.
+SEGMENT_B_OFFSET = "llamacrab.segment_b_offset"
+
 _UNSPLITTABLE = (
     "llama.cpp cannot split this text: it has more tokens than can be counted, or bytes for which "
     "this vocabulary has no token"
@@ -69,6 +72,10 @@ cdef class Vocab:
         Whether the GGUF asks for these tokens around a text.
     prefix, suffix : tuple of int
         The special tokens that `tokenize` puts before and after a text.
+    segment_b_offset : int or None
+        In a BERT cross-encoder that `llamacrab.convert` made: how many tokens there are. Each is
+        there twice, as `i` in the query and as ``i + segment_b_offset`` in the document; `n_tokens`
+        counts both. No text gives the second; turned into text, it is what the first is.
     """
 
     cdef _ModelHandle _model
@@ -78,6 +85,7 @@ cdef class Vocab:
     cdef readonly object bos, eos, sep, pad, mask
     cdef readonly bint add_bos, add_eos, add_sep
     cdef readonly tuple prefix, suffix
+    cdef readonly object segment_b_offset
     cdef bint _decompose
 
     def __init__(self):
@@ -111,6 +119,17 @@ cdef class Vocab:
         lowercase = metadata.get("tokenizer.ggml.normalizer.lowercase", "true")
         strip = metadata.get("tokenizer.ggml.normalizer.strip_accents", lowercase)
         self._decompose = self.vocab_type == VocabType.WPM and strip == "true"
+        said = metadata.get(SEGMENT_B_OFFSET)
+        if said is not None:
+            half = self.n_tokens // 2
+            special = (self.bos, self.eos, self.sep)
+            highest = max(0 if token is None else token for token in special)
+            # Raised ids must be ids still: llama.cpp would read beyond its table.
+            if said != str(half) or 2 * half != self.n_tokens or highest >= half:
+                raise ModelCorruptError(
+                    f"{SEGMENT_B_OFFSET} is {said}, which does not fit {self.n_tokens} tokens"
+                )
+            self.segment_b_offset = half
         return self
 
     def __len__(self):
@@ -180,7 +199,8 @@ cdef class Vocab:
         InputError
             An id is out of range.
         """
-        cdef const int32_t[::1] ids = as_token_ids(tokens)
+        array = as_token_ids(tokens)
+        cdef const int32_t[::1] ids = array
         cdef int32_t n_ids = <int32_t>ids.shape[0]
         cdef string text
         cdef int32_t size
@@ -188,6 +208,8 @@ cdef class Vocab:
         if n_ids == 0:
             return ""
         self.check_ids(ids)
+        if self.segment_b_offset:
+            ids = array % np.int32(self.segment_b_offset)
         with nogil:
             text.resize(16 * n_ids + 64)
             size = c.llama_detokenize(self._ptr, &ids[0], n_ids, &text[0], <int32_t>text.size(),
@@ -201,9 +223,7 @@ cdef class Vocab:
 
     def token_to_piece(self, int token, *, bint special=True):
         """Return the bytes that one token stands for."""
-        self.check_there()
-        if not 0 <= token < self.n_tokens:
-            raise InputError(f"token id {token} is not in range({self.n_tokens})")
+        token = self.first_copy(token)
         cdef string piece
         cdef int32_t size
         piece.resize(64)
@@ -216,10 +236,15 @@ cdef class Vocab:
 
     def is_control(self, int token):
         """Return whether a token is special: it steers the model and stands for no text."""
+        token = self.first_copy(token)
+        return bool(c.llama_vocab_is_control(self._ptr, token))
+
+    cdef int first_copy(self, int token) except -1:
+        """Check an id, and return the one that stands for the same text in segment A."""
         self.check_there()
         if not 0 <= token < self.n_tokens:
             raise InputError(f"token id {token} is not in range({self.n_tokens})")
-        return bool(c.llama_vocab_is_control(self._ptr, token))
+        return token if self.segment_b_offset is None else token % self.segment_b_offset
 
     cdef int check_ids(self, const int32_t[::1] ids) except -1:
         cdef Py_ssize_t i

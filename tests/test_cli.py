@@ -6,9 +6,10 @@ import json
 import subprocess
 import sys
 
+import gguf
 import numpy as np
 import pytest
-from helpers import DATA, gguf_path, python
+from helpers import DATA, gguf_path, python, rewrite_gguf
 
 from llamacrab import Llama
 
@@ -89,6 +90,62 @@ def test_rerank_sorts_the_documents(source):
     scores = [float(line.split("\t")[0]) for line in done.stdout.splitlines()]
     assert len(scores) == 4
     assert scores == sorted(scores, reverse=True)
+
+
+def test_rerank_takes_an_activation_and_a_number(source):
+    done = run("rerank", "who?", source, "-m", RERANKER, "-k", "2", "--activation", "sigmoid")
+    scores = [float(line.split("\t")[0]) for line in done.stdout.splitlines()]
+    assert len(scores) == 2
+    assert all(0 <= score <= 1 for score in scores)
+
+
+def test_a_model_with_classes_shows_each_in_the_order_of_the_file(source, three_classes):
+    done = run("rerank", "who?", source, "-m", three_classes, "--activation", "softmax")
+    rows = [line.split("\t") for line in done.stdout.splitlines()]
+    assert [row[3] for row in rows] == LINES
+    for row in rows:
+        values = dict(shown.split("=") for shown in row[:3])
+        assert list(values) == ["no", "maybe", "yes"]
+        assert sum(map(float, values.values())) == pytest.approx(1, abs=1e-3)
+    done = run("rerank", "who?", source, "-m", three_classes, "-k", "1")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "leave out --top-k" in done.stderr
+
+
+@pytest.fixture
+def three_classes(tmp_path):
+    return rewrite_gguf(
+        gguf_path("tiny-bert-rank"),
+        tmp_path / "classes.gguf",
+        {"bert.classifier.output_labels": (["no", "maybe", "yes"], gguf.GGUFValueType.ARRAY)},
+        tensors={
+            "cls.output.weight": np.eye(3, 32, dtype=np.float32),
+            "cls.output.bias": np.zeros(3, np.float32),
+        },
+    )
+
+
+def test_a_warning_is_one_line_on_standard_error(source, tmp_path):
+    path = rewrite_gguf(
+        gguf_path("tiny-bert-rank"), tmp_path / "m.gguf", drop=("cls.weight", "cls.bias")
+    )
+    done = run("rerank", "who?", source, "-m", path)
+    assert done.returncode == 0
+    assert len(done.stdout.splitlines()) == 4
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("llamacrab: warning: the scores of")
+
+
+@pytest.mark.parametrize("side", ["end", "start", "middle"])
+def test_a_long_text_is_cut_where_asked(tmp_path, side):
+    text = " ".join(f"w{i}" for i in range(300))
+    done = run(
+        "embed", "-", "-o", tmp_path / "x.npy", "-m", MODEL, "--truncate-side", side, stdin=text
+    )
+    assert done.returncode == 0, done.stderr
+    with Llama(MODEL) as llama:
+        want = llama.embed(text, truncate=side)
+    np.testing.assert_allclose(np.load(tmp_path / "x.npy")[0], want, atol=1e-2)
 
 
 def test_info_and_versions_say_what_is_there():

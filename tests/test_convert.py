@@ -112,7 +112,11 @@ def add_module(folder, kind):
         (lambda f: edit(f, "config.json", hidden_act="relu"), "computes GELU"),
         (
             lambda f: edit(f, "config.json", architectures=["BertForSequenceClassification"]),
-            "has a classification head",
+            "lacks the tensor classifier.weight",
+        ),
+        (
+            lambda f: edit(f, "config.json", architectures=["BertForTokenClassification"]),
+            "BertForTokenClassification has a head",
         ),
         (lambda f: edit(f, "config.json", vocab_size=3), "its config says 3"),
         (lambda f: (f / "vocab.txt").write_text("a\nb\n"), "lacks \\[CLS\\]"),

@@ -16,7 +16,8 @@ import pytest
 from helpers import EMBEDDERS, PAIRS, TEXTS, check_python, cosines, gguf_path, golden, rewrite_gguf
 
 from llamacrab import Batch, Context, Llama, Model, PoolingType, errors
-from llamacrab.rerank import PairTemplate
+from llamacrab._core import Encoder
+from llamacrab.rerank import PairTemplate, Scoring
 
 BOOL, UINT32 = gguf.GGUFValueType.BOOL, gguf.GGUFValueType.UINT32
 
@@ -84,6 +85,15 @@ def test_mnf_08_special_tokens_count_and_the_closing_one_is_kept(load):
     assert len(fitting) == llama.n_ctx - 2
     exact = [*vocab.prefix, *fitting, *vocab.suffix]
     assert cosines(llama.embed("crab " * 200, truncate=True), llama.embed(exact)) > 0.9999
+
+
+@pytest.mark.parametrize("side", ["end", "start", "middle"])
+def test_mnf_08_a_cut_anywhere_keeps_both_special_tokens(load, side):
+    llama = load("tiny-bert")
+    words = " ".join(TEXTS)
+    cut = Encoder(llama.model.vocab, limit=50, truncate=side).encode(words).tolist()
+    vocab = llama.model.vocab
+    assert (len(cut), cut[0], cut[-1]) == (50, vocab.bos, vocab.sep)
 
 
 def test_mnf_09_truncation_is_the_same_for_one_text_and_for_a_list(load):
@@ -208,6 +218,20 @@ def test_mnf_22_a_qwen3_score_is_a_probability_and_not_squashed_twice(load):
     np.testing.assert_allclose(scores, want, atol=1e-3)
 
 
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+def test_mnf_22_a_probability_is_not_squashed_once_more(load, activation):
+    llama, pair = load("tiny-qwen3-rank"), (PAIRS["queries"][0], PAIRS["documents"])
+    np.testing.assert_allclose(
+        llama.rerank(*pair, activation=activation), llama.rerank(*pair), atol=1e-3
+    )
+
+
+def test_mnf_22_a_raw_score_is_squashed_once(load):
+    llama, pair = load("tiny-bert-rank"), (PAIRS["queries"][0], PAIRS["documents"])
+    want = 1 / (1 + np.exp(-llama.rerank(*pair)))
+    np.testing.assert_allclose(llama.rerank(*pair, activation="sigmoid"), want, atol=1e-2)
+
+
 def test_mnf_23_separators_are_those_of_the_model(load):
     model = load("tiny-xlmr-rank").model
     ids = PairTemplate(model, "q").encoder(limit=99).encode("d").tolist()
@@ -216,12 +240,16 @@ def test_mnf_23_separators_are_those_of_the_model(load):
     assert b"None" not in b"".join(vocab.token_to_piece(i) for i in ids)
 
 
-def test_mnf_24_a_causal_reranker_keeps_its_closing_template(load):
+@pytest.mark.parametrize("side", [True, "end", "start", "middle"])
+def test_mnf_24_a_causal_reranker_keeps_its_closing_template(load, side):
     llama = load("tiny-qwen3-rank")
-    template = PairTemplate(llama.model, "q")
-    cut = template.encoder(limit=120, truncate=True).encode("crab " * 500)
+    template = PairTemplate(llama.model, "who eats crabs?")
+    cut = template.encoder(limit=120, truncate=side).encode("crab " * 500)
+    assert len(cut) == 120
     text = llama.model.vocab.detokenize(cut)
-    assert text.endswith(llama.model.chat_template("rerank").split("{document}")[1])
+    before, after = llama.model.chat_template("rerank").split("{document}")
+    assert text.startswith(before.replace("{query}", "who eats crabs?"))
+    assert text.endswith(after)
 
 
 def test_mnf_25_a_score_does_not_depend_on_the_other_documents(load):
@@ -230,6 +258,33 @@ def test_mnf_25_a_score_does_not_depend_on_the_other_documents(load):
     assert llama.rerank(query, documents[:1])[0] == pytest.approx(
         llama.rerank(query, documents)[0], abs=5e-3
     )
+
+
+def test_mnf_25_a_softmax_over_one_output_is_refused(load):
+    with pytest.raises(errors.InputError, match="every score would be 1"):
+        load("tiny-bert-rank").rerank("q", ["d"], activation="softmax")
+
+
+def test_mnf_25_a_head_that_can_only_say_1_is_refused(tmp_path):
+    one = gguf.GGUFReader(gguf_path("tiny-qwen3-rank"))
+    head = next(t.data for t in one.tensors if t.name == "cls.output.weight")
+    path = rewrite_gguf(
+        gguf_path("tiny-qwen3-rank"),
+        tmp_path / "m.gguf",
+        {"qwen3.classifier.output_labels": (["yes"], gguf.GGUFValueType.ARRAY)},
+        tensors={"cls.output.weight": np.array(head[:1])},
+    )
+    with Llama(path) as llama, pytest.raises(errors.UnsupportedModelError, match="with 1"):
+        llama.rerank("q", ["d"])
+
+
+def test_mnf_25_sigmoid_keeps_the_order_and_survives_extremes(load):
+    squash = Scoring(load("tiny-bert-rank").model, "sigmoid")
+    raw = np.array([[-1e4], [-30], [-2], [0], [3], [1e4]], np.float32)
+    squashed = squash(raw)
+    assert squashed.dtype == np.float32
+    assert (np.diff(squashed) > 0).all()
+    np.testing.assert_allclose(squashed[[0, 1, 3, 5]], [0, np.exp(-30), 0.5, 1], rtol=1e-5)
 
 
 def test_mnf_26_memory_stays_flat_over_many_rerank_calls():
@@ -243,7 +298,7 @@ def rss():
         return next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
 
 with Llama(sys.argv[1]) as llama:
-    for i in range(3000):
+    for i in range(10_000):
         llama.rerank(f"query {i}", ["a crab", "a lobster"])
         if i == 500:
             before = rss()
@@ -251,7 +306,7 @@ with Llama(sys.argv[1]) as llama:
 """,
         gguf_path("tiny-bert-rank"),
     )
-    assert float(grown) < 4000  # KiB
+    assert float(grown) < 1000  # KiB
 
 
 def test_mnf_27_packs_are_bounded_by_tokens_not_by_texts():

@@ -211,56 +211,67 @@ bool tokenize(const llama_vocab * vocab, std::string_view text, bool parse_speci
     return ok;
 }
 
+int64_t first_kept(truncate_side side, int64_t room) {
+    return side == truncate_side::start ? 0 : side == truncate_side::middle ? room - room / 2 : room;
+}
+
 encode_status encoding::encode(std::string_view text, token_vector & out, int64_t & n_tokens) const {
     const size_t before = out.size();
-    const auto   append = [&](const token_vector & ids) { out.insert(out.end(), ids.begin(), ids.end()); };
-    const auto   fail   = [&](encode_status status) {
+    out.insert(out.end(), prefix.begin(), prefix.end());
+    const size_t content = out.size();
+    const bool   bare    = lead.empty() && trail.empty();
+    auto         status  = encode_status::ok;
+    if (!tokenize(vocab, bare ? text : lead + std::string(text) + trail, parse_special, decompose, out)) {
+        status = encode_status::unsplittable;
+    } else if (n_tokens = int64_t(out.size() - before + suffix.size()); n_tokens == 0) {
+        status = encode_status::empty;
+    } else if (n_tokens > limit) {
+        status = truncate == truncate_side::none ? encode_status::too_long : cut(text, content, out);
+    }
+    if (status != encode_status::ok) {
         out.resize(before);
         return status;
-    };
-    const auto split = [&](std::string_view piece) {
-        return tokenize(vocab, piece, parse_special, decompose, out);
-    };
+    }
+    for (size_t i = content; i < out.size(); ++i) {
+        out[i] += out[i] < shift ? shift : 0;
+    }
+    out.insert(out.end(), suffix.begin(), suffix.end());
+    return status;
+}
 
-    append(prefix);
-    const size_t content = out.size();
+// Make what `out` holds from `content` on, the tokens of lead + text + trail, fit with the suffix.
+encode_status encoding::cut(std::string_view text, size_t content, token_vector & out) const {
+    const auto split = [&](std::string_view piece, token_vector & into) {
+        return tokenize(vocab, piece, parse_special, decompose, into);
+    };
+    token_vector opening, closing;
+    if (!split(lead, opening) || !split(trail, closing)) {
+        return encode_status::unsplittable;
+    }
+    const auto n_lead = int64_t(opening.size()), n_trail = int64_t(closing.size());
+    const auto room   = int64_t(limit) - int64_t(prefix.size() + suffix.size()) - n_lead - n_trail;
+    if (room <= 0) {
+        return encode_status::no_room;
+    }
+    const int64_t first = first_kept(truncate, room), last = room - first;
     if (lead.empty() && trail.empty()) {
-        if (!split(text)) {
-            return fail(encode_status::unsplittable);
-        }
-    } else if (!split(lead + std::string(text) + trail)) {
-        return fail(encode_status::unsplittable);
+        out.erase(out.begin() + ptrdiff_t(content + first), out.end() - ptrdiff_t(last));
+        return encode_status::ok;
     }
-    n_tokens = int64_t(out.size() - before + suffix.size());
-    if (n_tokens == 0) {
-        return fail(encode_status::empty);
+    // What stays of the text touches lead or trail as it does in the whole.
+    if (first) {
+        opening.clear();
+        split(lead + std::string(text), opening);
+        opening.resize(size_t(std::min(n_lead + first, int64_t(opening.size()))));
     }
-    if (n_tokens > limit) {
-        if (!truncate) {
-            return fail(encode_status::too_long);
-        }
-        token_vector closing;
-        size_t       n_lead = 0;
-        if (!lead.empty() || !trail.empty()) {
-            if (!tokenize(vocab, trail, parse_special, decompose, closing)) {
-                return fail(encode_status::unsplittable);
-            }
-            out.resize(content);
-            split(lead);
-            n_lead = out.size() - content;
-            out.resize(content);
-            split(lead + std::string(text));
-        }
-        const int64_t room = int64_t(limit) - int64_t(content - before + closing.size() + suffix.size());
-        if (room <= int64_t(n_lead)) {
-            return fail(encode_status::no_room);
-        }
-        if (out.size() > content + size_t(room)) {
-            out.resize(content + size_t(room));
-        }
-        append(closing);
+    if (last) {
+        closing.clear();
+        split(std::string(text) + trail, closing);
+        closing.erase(closing.begin(), closing.end() - std::min(n_trail + last, int64_t(closing.size())));
     }
-    append(suffix);
+    out.resize(content);
+    out.insert(out.end(), opening.begin(), opening.end());
+    out.insert(out.end(), closing.begin(), closing.end());
     return encode_status::ok;
 }
 

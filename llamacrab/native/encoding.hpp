@@ -25,9 +25,16 @@ bool tokenize(const llama_vocab * vocab, std::string_view text, bool parse_speci
 
 enum class encode_status { ok, too_long, no_room, empty, unsplittable };
 
+// Which part of a text that is too long is cut away.
+enum class truncate_side { none, end, start, middle };
+
+// Of `room` tokens that a text may keep, how many are its first; the others are its last.
+int64_t first_kept(truncate_side side, int64_t room);
+
 // How a text becomes ids: prefix, the tokens of lead + text + trail, suffix. Lead and trail are what
 // touches a document in a reranker's template: they are split into tokens together with it, and are
-// never cut.
+// never cut. Of what lies between prefix and suffix, ids below `shift` are raised by it: there the
+// vocabulary begins once more, for a second segment.
 struct encoding {
     const llama_vocab * vocab = nullptr;
     token_vector        prefix;
@@ -35,7 +42,8 @@ struct encoding {
     std::string         lead;
     std::string         trail;
     int32_t             limit         = 0;
-    bool                truncate      = false;
+    int32_t             shift         = 0;
+    truncate_side       truncate      = truncate_side::none;
     bool                parse_special = false;
     bool                decompose     = false;
 
@@ -46,6 +54,9 @@ struct encoding {
     // Ids that nearly every text begins with: the prefix, and the tokens of `lead` but for the last,
     // which may come out otherwise where the text touches it.
     token_vector common() const;
+
+  private:
+    encode_status cut(std::string_view text, size_t content, token_vector & out) const;
 };
 
 // A text, or ids that are taken as they are: then `bytes` are those of the ids.

@@ -23,6 +23,7 @@ import sentencepiece
 import torch
 import transformers as tf
 from common import DATA, normalize, offsets, ragged, read_texts
+from sentence_transformers import CrossEncoder
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import ByteLevelBPETokenizer, processors
 
@@ -308,6 +309,74 @@ def make_bert(maker: Maker) -> None:
     )
 
 
+def make_bert_cross(maker: Maker) -> None:
+    """Make the folder of a cross-encoder whose pooler and segments count, with two heads.
+
+    llamacrab.convert makes the GGUF when it is tested. The folder holds the head with one output;
+    the other one, with three classes, lies beside the scores.
+    """
+    folder = DATA / "tiny-bert-cross-hf"
+    shutil.rmtree(folder, ignore_errors=True)
+    vocabulary = bert_vocabulary(maker.texts)
+    config = tf.BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=HIDDEN,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=MAX_TOKENS,
+        num_labels=1,
+    )
+    model = randomize(tf.BertForSequenceClassification(config), seed=9, gain=2)
+    model.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
+    write_bert_tokenizer(folder, vocabulary)
+    classes = randomize(torch.nn.Linear(HIDDEN, 3), seed=10, gain=2)
+
+    tokenizer = tf.AutoTokenizer.from_pretrained(folder)
+    rows = [tokenizer(query, document, return_tensors="pt") for query, document in maker.pairs]
+    scores, class_scores = cross_scores(model, classes, rows)
+    encoder = CrossEncoder(str(folder), device="cpu")
+    raw = encoder.predict(maker.pairs, activation_fn=torch.nn.Identity())
+    np.testing.assert_allclose(raw, scores[:, 0], atol=1e-5)
+    for layer in model.bert.encoder.layer:
+        layer.intermediate.intermediate_act_fn = TableGelu()
+    table_scores, class_table_scores = cross_scores(model, classes, rows)
+    np.savez_compressed(
+        DATA / "tiny-bert-cross.npz",
+        pairs=np.asarray(maker.pair_ids, np.int32),
+        scores=scores,
+        table_scores=table_scores,
+        probabilities=encoder.predict(maker.pairs),
+        class_weight=classes.weight.detach().numpy(),
+        class_bias=classes.bias.detach().numpy(),
+        class_scores=class_scores,
+        class_table_scores=class_table_scores,
+        n_tokens=len(vocabulary),
+        types=np.concatenate([row["token_type_ids"][0].numpy() for row in rows]).astype(np.int32),
+        **ragged([row["input_ids"][0].tolist() for row in rows]),
+    )
+
+
+class TableGelu(torch.nn.Module):
+    """GELU as llama.cpp computes it: the tanh approximation, from a table in half precision."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Look the values up; beyond 10 the table is not used."""
+        looked_up = torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
+        return torch.where(x <= -10, 0.0, torch.where(x >= 10, x, looked_up))
+
+
+def cross_scores(
+    model: torch.nn.Module, classes: torch.nn.Module, rows: Sequence[Mapping[str, torch.Tensor]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the scores of the model's own head, and those of another one on its pooler."""
+    with torch.no_grad():
+        scores = [model(**row).logits[0].numpy() for row in rows]
+        others = [classes(model.bert(**row).pooler_output[0]).numpy() for row in rows]
+    return np.stack(scores), np.stack(others)
+
+
 def write_bert_tokenizer(folder: Path, vocabulary: Mapping[str, int]) -> None:
     """Write the files that models of this kind have; transformers now writes fewer."""
     tf.BertTokenizer(vocab=dict(vocabulary), do_lower_case=True).save_pretrained(folder)
@@ -552,7 +621,7 @@ def main() -> None:
     torch.set_num_threads(2)
     with tempfile.TemporaryDirectory() as work:
         maker = Maker(args.llama_cpp, Path(work))
-        for make in (make_bert, make_xlmr, make_qwen3, make_llama, make_t5):
+        for make in (make_bert, make_bert_cross, make_xlmr, make_qwen3, make_llama, make_t5):
             make(maker)
 
 
