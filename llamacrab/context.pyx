@@ -109,6 +109,9 @@ cdef class Context:
         params.n_threads = n_threads
         params.n_threads_batch = n_threads
         params.pooling_type = <c.llama_pooling_type>pooling_value
+        if model.arch == "llama-embed":
+            # llama.cpp takes it for causal unless the GGUF denies it, which converted ones do not.
+            params.attention_type = c.LLAMA_ATTENTION_TYPE_NON_CAUSAL
         params.flash_attn_type = <c.llama_flash_attn_type>flash_value
         params.embeddings = True
         params.offload_kqv = offload_kqv

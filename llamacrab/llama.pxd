@@ -47,6 +47,9 @@ cdef extern from "llama.h" nogil:
         LLAMA_POOLING_TYPE_LAST
         LLAMA_POOLING_TYPE_RANK
 
+    enum llama_attention_type:
+        LLAMA_ATTENTION_TYPE_NON_CAUSAL
+
     enum llama_flash_attn_type:
         LLAMA_FLASH_ATTN_TYPE_AUTO
         LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -87,6 +90,7 @@ cdef extern from "llama.h" nogil:
         int32_t n_threads
         int32_t n_threads_batch
         llama_pooling_type pooling_type
+        llama_attention_type attention_type
         llama_flash_attn_type flash_attn_type
         cbool embeddings
         cbool offload_kqv
