@@ -103,7 +103,6 @@ cdef extern from "llama.h" nogil:
     size_t llama_max_parallel_sequences()
 
     llama_model_params llama_model_default_params()
-    llama_model *llama_model_load_from_file(const char *path, llama_model_params params) except +
     void llama_model_free(llama_model *model)
     const llama_vocab *llama_model_get_vocab(const llama_model *model)
     int32_t llama_model_n_ctx_train(const llama_model *model)
@@ -144,7 +143,6 @@ cdef extern from "llama.h" nogil:
         int32_t text_len_max, cbool remove_special, cbool unparse_special) except +
 
     llama_context_params llama_context_default_params()
-    llama_context *llama_init_from_model(llama_model *model, llama_context_params params) except +
     void llama_free(llama_context *ctx)
     uint32_t llama_n_ctx(const llama_context *ctx)
     uint32_t llama_n_ctx_seq(const llama_context *ctx)
@@ -213,6 +211,7 @@ cdef extern from "gguf.h" nogil:
     const char *gguf_get_tensor_name(const gguf_context *ctx, int64_t tensor_id)
     ggml_type gguf_get_tensor_type(const gguf_context *ctx, int64_t tensor_id)
     int64_t gguf_find_key(const gguf_context *ctx, const char *key)
+    int64_t gguf_find_tensor(const gguf_context *ctx, const char *name)
     gguf_type gguf_get_kv_type(const gguf_context *ctx, int64_t key_id)
     gguf_type gguf_get_arr_type(const gguf_context *ctx, int64_t key_id)
     uint32_t gguf_get_val_u32(const gguf_context *ctx, int64_t key_id)
