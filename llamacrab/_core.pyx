@@ -66,4 +66,5 @@ include "scheduler.pyx"
 include "system.pyx"
 
 c.log_install(_log_sink)
+native.asserts_install()
 c.llama_backend_init()

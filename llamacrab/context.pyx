@@ -109,6 +109,9 @@ cdef class Context:
         params.n_threads = n_threads
         params.n_threads_batch = n_threads
         params.pooling_type = <c.llama_pooling_type>pooling_value
+        if model.arch == "llama-embed":
+            # llama.cpp takes it for causal unless the GGUF denies it, which converted ones do not.
+            params.attention_type = c.LLAMA_ATTENTION_TYPE_NON_CAUSAL
         params.flash_attn_type = <c.llama_flash_attn_type>flash_value
         params.embeddings = True
         params.offload_kqv = offload_kqv
@@ -118,13 +121,16 @@ cdef class Context:
         c.log_take_errors()
         try:
             with nogil:
-                handle.ptr = c.llama_init_from_model(handle.model.ptr, params)
+                handle.ptr = native.make_context(handle.model.ptr, params)
         except MemoryError:
             handle.ptr = NULL
         if handle.ptr == NULL:
+            reason = _native_errors()
+            if "gave up at" in reason:  # native/asserts.hpp
+                raise ModelCorruptError(f"llama.cpp cannot compute with {model.path}: {reason}")
             raise AllocationError(
                 f"cannot make a context of n_ctx={n_ctx}, n_batch={n_batch}, n_ubatch={n_ubatch}, "
-                f"n_seq_max={n_seq_max}: {_native_errors()}"
+                f"n_seq_max={n_seq_max}: {reason}"
             )
         self._params = params
         self._vocab = model.vocab

@@ -48,6 +48,9 @@ cdef extern from "llama.h" nogil:
         LLAMA_POOLING_TYPE_LAST
         LLAMA_POOLING_TYPE_RANK
 
+    enum llama_attention_type:
+        LLAMA_ATTENTION_TYPE_NON_CAUSAL
+
     enum llama_flash_attn_type:
         LLAMA_FLASH_ATTN_TYPE_AUTO
         LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -88,6 +91,7 @@ cdef extern from "llama.h" nogil:
         int32_t n_threads
         int32_t n_threads_batch
         llama_pooling_type pooling_type
+        llama_attention_type attention_type
         llama_flash_attn_type flash_attn_type
         cbool embeddings
         cbool offload_kqv
@@ -100,7 +104,6 @@ cdef extern from "llama.h" nogil:
     size_t llama_max_parallel_sequences()
 
     llama_model_params llama_model_default_params()
-    llama_model *llama_model_load_from_file(const char *path, llama_model_params params) except +
     void llama_model_free(llama_model *model)
     const llama_vocab *llama_model_get_vocab(const llama_model *model)
     int32_t llama_model_n_ctx_train(const llama_model *model)
@@ -141,7 +144,6 @@ cdef extern from "llama.h" nogil:
         int32_t text_len_max, cbool remove_special, cbool unparse_special) except +
 
     llama_context_params llama_context_default_params()
-    llama_context *llama_init_from_model(llama_model *model, llama_context_params params) except +
     void llama_free(llama_context *ctx)
     uint32_t llama_n_ctx(const llama_context *ctx)
     uint32_t llama_n_ctx_seq(const llama_context *ctx)
@@ -210,6 +212,7 @@ cdef extern from "gguf.h" nogil:
     const char *gguf_get_tensor_name(const gguf_context *ctx, int64_t tensor_id)
     ggml_type gguf_get_tensor_type(const gguf_context *ctx, int64_t tensor_id)
     int64_t gguf_find_key(const gguf_context *ctx, const char *key)
+    int64_t gguf_find_tensor(const gguf_context *ctx, const char *name)
     gguf_type gguf_get_kv_type(const gguf_context *ctx, int64_t key_id)
     gguf_type gguf_get_arr_type(const gguf_context *ctx, int64_t key_id)
     uint32_t gguf_get_val_u32(const gguf_context *ctx, int64_t key_id)

@@ -85,7 +85,7 @@ cdef class Model:
         c.log_take_errors()
         try:
             with nogil:
-                handle.ptr = c.llama_model_load_from_file(chars, params)
+                handle.ptr = native.load_model(chars, params)
         except MemoryError:
             raise AllocationError(f"not enough memory to load {self.path}") from None
         PyErr_CheckSignals()  # loading may have taken long
@@ -305,6 +305,8 @@ cdef object _fault_in(const c.gguf_context *header):
         n_layers = c.gguf_get_val_u32(header, key)
         if not 1 <= n_layers <= 512:  # LLAMA_MAX_LAYERS
             return f"it says that the model has {n_layers} layers"
+    if (fault := _contradiction_in(header, arch)) is not None:
+        return fault
     for name in (b"layer_norm_epsilon", b"layer_norm_rms_epsilon"):
         key = c.gguf_find_key(header, arch + b".attention." + name)
         if key >= 0 and c.gguf_get_kv_type(header, key) == c.GGUF_TYPE_FLOAT32:
@@ -325,6 +327,49 @@ cdef object _fault_in(const c.gguf_context *header):
             name = c.gguf_get_tensor_name(header, i).decode("utf-8", "replace")
             return f"the tensor {name} holds integers or doubles, which llama.cpp does not multiply"
     return None
+
+
+cdef object _contradiction_in(const c.gguf_context *header, bytes arch):
+    """Return which numbers llama.cpp would assert on once it computes, or None.
+
+    Those that it asserts on earlier become exceptions by themselves: native/asserts.hpp.
+    """
+    cdef int64_t n_rot = _number(header, arch + b".rope.dimension_count", -1)
+    cdef int64_t n_embd = _number(header, arch + b".embedding_length", 0)
+    cdef int64_t n_out = _number(header, arch + b".embedding_length_out", n_embd)
+    cdef int64_t n_heads = _number(header, arch + b".attention.head_count", 0)
+    cdef int64_t head = _number(header, arch + b".attention.key_length", 0)
+    cdef int64_t n_layers = _number(header, arch + b".block_count", 0)
+    if arch == b"modern-bert":
+        for name in (b"head_count", b"head_count_kv"):
+            if _number(header, arch + b".attention." + name, 1) == 0:
+                return f"{name.decode()} is 0"
+    if head == 0 and n_heads > 0:
+        head = n_embd // n_heads
+    if n_rot != -1 and head > 0 and not (0 < n_rot <= head and n_rot % 2 == 0):
+        return f"positions rotate {n_rot} of a head's {head} values"
+    if n_out > n_embd and (arch == b"gemma-embedding"
+                           or c.gguf_find_tensor(header, b"dense_2.weight") < 0):
+        return f"rows have {n_out} values, but no matrix makes them of {n_embd}"
+    # Both need layers of two kinds, as the mask of one that no layer uses gets no memory.
+    cdef int64_t every = 1
+    if arch == b"gemma-embedding":
+        every = _number(header, arch + b".attention.sliding_window_pattern", 6)
+    elif arch == b"modern-bert" and _number(header, arch + b".attention.sliding_window", 0) > 0:
+        every = min(2, _number(header, arch + b".attention.sliding_window_pattern", 3))
+    else:
+        return None
+    if not 2 <= every <= n_layers:
+        return f"of {n_layers} layers, all or none look at a window only"
+    return None
+
+
+cdef int64_t _number(const c.gguf_context *header, bytes name, int64_t default):
+    """Return a number of the header, `default` where there is none."""
+    cdef int64_t key = c.gguf_find_key(header, name)
+    if key < 0 or c.gguf_get_kv_type(header, key) != c.GGUF_TYPE_UINT32:
+        return default
+    return c.gguf_get_val_u32(header, key)
 
 
 cdef object _load_error(str path, str reason):

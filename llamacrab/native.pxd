@@ -9,6 +9,7 @@ from llamacrab.llama cimport (
     llama_context,
     llama_context_params,
     llama_model,
+    llama_model_params,
     llama_token,
     llama_vocab,
 )
@@ -25,6 +26,12 @@ cdef extern from "<string_view>" namespace "std" nogil:
 cdef extern from "native/crew.hpp" namespace "llamacrab" nogil:
     cppclass crew:
         crew(size_t n_helpers) except +
+
+
+cdef extern from "native/asserts.hpp" namespace "llamacrab" nogil:
+    void asserts_install()
+    llama_model *load_model(const char *path, llama_model_params params) except +
+    llama_context *make_context(llama_model *model, llama_context_params params) except +
 
 
 cdef extern from "native/encoding.hpp" namespace "llamacrab" nogil:

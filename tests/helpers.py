@@ -17,8 +17,35 @@ TEXTS = [
     for line in (DATA / "texts.jsonl").read_text(encoding="utf-8").splitlines()
 ]
 PAIRS = json.loads((DATA / "pairs.json").read_text(encoding="utf-8"))
+# One embedder for each kind of vocabulary: for what is about texts.
 EMBEDDERS = ("tiny-bert", "tiny-xlmr", "tiny-qwen3", "tiny-llama")
-RERANKERS = ("tiny-bert-rank", "tiny-xlmr-rank", "tiny-qwen3-rank")
+# All embedders, and the pooling that each one's file asks for: for what is about vectors.
+FAMILIES = {
+    "tiny-bert": "MEAN",
+    "tiny-xlmr": "CLS",
+    "tiny-qwen3": "LAST",
+    "tiny-llama": "MEAN",  # which says nothing
+    "tiny-roberta": "MEAN",
+    "tiny-nomic": "MEAN",
+    "tiny-nomic-moe": "MEAN",
+    "tiny-jina-v2": "MEAN",
+    "tiny-jina-v3": "MEAN",
+    "tiny-modernbert": "CLS",
+    "tiny-eurobert": "MEAN",
+    "tiny-neobert": "CLS",
+    "tiny-gemma-embedding": "MEAN",
+    "tiny-gemma2": "LAST",
+    "tiny-llama-embed": "MEAN",
+    "tiny-qwen2": "LAST",
+}
+CAUSAL = ("tiny-qwen3", "tiny-llama", "tiny-gemma2")
+RERANKERS = (
+    "tiny-bert-rank",
+    "tiny-xlmr-rank",
+    "tiny-qwen3-rank",
+    "tiny-modernbert-rank",
+    "tiny-modernbert-rank-cls",
+)
 
 
 def gguf_path(name: str) -> Path:
@@ -74,8 +101,8 @@ def rewrite_gguf(
     drop: tuple[str, ...] = (),
     tensors: dict[str, np.ndarray] | None = None,
 ) -> Path:
-    """Copy a GGUF with fields set, and fields or tensors left out or replaced."""
-    fields, tensors = fields or {}, tensors or {}
+    """Copy a GGUF with fields set, and tensors too, and some of both left out."""
+    fields, tensors = fields or {}, dict(tensors or {})
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(destination, reader.fields["general.architecture"].contents())
     for name, field in reader.fields.items():
@@ -88,9 +115,11 @@ def rewrite_gguf(
         writer.add_key_value(name, value, kind, sub_type=element)
     for tensor in reader.tensors:
         if tensor.name in tensors:
-            writer.add_tensor(tensor.name, tensors[tensor.name])
+            writer.add_tensor(tensor.name, tensors.pop(tensor.name))
         elif tensor.name not in drop:
             writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    for name, values in tensors.items():
+        writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -15,6 +15,7 @@ ARRAY, FLOAT32, UINT32 = (
     gguf.GGUFValueType.UINT32,
 )
 TOKENS = "tokenizer.ggml.tokens"
+PATTERN = "{}.attention.sliding_window_pattern"
 
 
 def test_a_missing_file_is_a_file_not_found_error(tmp_path):
@@ -78,12 +79,26 @@ assert refused > 100, refused
         ("tiny-bert", "bert.block_count", (513, UINT32), "513 layers"),
         ("tiny-bert", "bert.attention.layer_norm_epsilon", (-1.0, FLOAT32), "epsilon is -1"),
         ("tiny-llama", "llama.attention.layer_norm_rms_epsilon", (np.nan, FLOAT32), "is nan"),
+        ("tiny-nomic", "nomic-bert.rope.dimension_count", (0, UINT32), "rotate 0 of a head's 8"),
+        ("tiny-nomic", "nomic-bert.rope.dimension_count", (7, UINT32), "rotate 7 of a head's 8"),
+        ("tiny-gemma2", "gemma2.rope.dimension_count", (18, UINT32), "rotate 18 of a head's 16"),
+        ("tiny-bert", "bert.embedding_length_out", (64, UINT32), "rows have 64 values"),
+        ("tiny-gemma-embedding", "gemma-embedding.embedding_length_out", (33, UINT32), "have 33"),
+        ("tiny-gemma-embedding", PATTERN.format("gemma-embedding"), (7, UINT32), "of 6 layers"),
+        ("tiny-gemma-embedding", PATTERN.format("gemma-embedding"), (1, UINT32), "of 6 layers"),
+        ("tiny-modernbert", PATTERN.format("modern-bert"), (1, UINT32), "of 4 layers"),
+        ("tiny-modernbert", "modern-bert.attention.head_count", (0, UINT32), "head_count is 0"),
+        # From here on it is llama.cpp that says it.
+        ("tiny-nomic-moe", "nomic-bert-moe.expert_used_count", (5, UINT32), "n_expert_used_max"),
+        ("tiny-gemma-embedding", "gemma-embedding.dense_2_feat_in", (1, UINT32), "dense_2_feat_in"),
+        ("tiny-jina-v2", "jina-bert-v2.feed_forward_length", (7, UINT32), "n_ff"),
+        ("tiny-eurobert", "eurobert.attention.key_length", (16, UINT32), "n_embd_head_k"),
     ],
 )
 def test_values_that_llama_cpp_asserts_on_are_corrupt(tmp_path, name, key, value, message):
     path = rewrite_gguf(gguf_path(name), tmp_path / "model.gguf", {key: value})
     with pytest.raises(errors.ModelCorruptError, match=message):
-        Model(path)
+        Llama(path)
 
 
 def test_a_token_that_comes_twice_is_corrupt(tmp_path):

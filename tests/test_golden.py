@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from helpers import (
     EMBEDDERS,
+    FAMILIES,
     PAIRS,
     RERANKERS,
     TEXTS,
@@ -18,7 +19,13 @@ from llamacrab.rerank import PairTemplate
 
 POOLINGS = {"mean": PoolingType.MEAN, "cls": PoolingType.CLS, "last": PoolingType.LAST}
 # transformers computes GELU exactly, llama.cpp by a table in half precision.
-SCORE_TOLERANCE = {"tiny-bert-rank": 0.02, "tiny-xlmr-rank": 0.02, "tiny-qwen3-rank": 1e-3}
+SCORE_TOLERANCE = {
+    "tiny-bert-rank": 0.02,
+    "tiny-xlmr-rank": 0.02,
+    "tiny-qwen3-rank": 1e-3,
+    "tiny-modernbert-rank": 0.005,
+    "tiny-modernbert-rank-cls": 0.005,
+}
 
 
 def test_minilm_token_ids_equal_those_of_transformers(minilm):
@@ -41,7 +48,7 @@ def test_minilm_vectors_of_other_types_stay_close(outtype, least):
     assert cosines(vectors, golden("minilm")["vectors"]).min() >= least
 
 
-@pytest.mark.parametrize("name", EMBEDDERS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_token_ids_equal_those_of_transformers(load, name):
     want = golden(name)
     for text_id, ids in zip(want["text_ids"], ragged(want), strict=True):
@@ -50,7 +57,7 @@ def test_token_ids_equal_those_of_transformers(load, name):
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-@pytest.mark.parametrize("name", EMBEDDERS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_vectors_of_each_pooling_equal_those_of_transformers(load, name, pooling):
     want = golden(name)
     texts = [TEXTS[i] for i in want["text_ids"]]
@@ -58,12 +65,11 @@ def test_vectors_of_each_pooling_equal_those_of_transformers(load, name, pooling
     assert cosines(vectors, want[pooling]).min() >= 0.9999
 
 
-@pytest.mark.parametrize("name", EMBEDDERS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_unspecified_pooling_is_what_the_gguf_says_else_mean(load, name):
     want = golden(name)
-    said = {"tiny-bert": "MEAN", "tiny-xlmr": "CLS", "tiny-qwen3": "LAST", "tiny-llama": "MEAN"}
     llama = load(name)
-    assert llama.pooling_type.name == said[name]
+    assert llama.pooling_type.name == FAMILIES[name]
     vectors = llama.embed_texts([TEXTS[i] for i in want["text_ids"]])
     assert cosines(vectors, want["vectors"]).min() >= 0.9999
 
@@ -102,7 +108,7 @@ def test_pair_ids_equal_those_of_transformers(load, name):
 
 
 @pytest.mark.parametrize("flash_attn", [True, False])
-@pytest.mark.parametrize("name", ["tiny-bert", "tiny-qwen3"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_flash_attention_does_not_change_vectors(name, flash_attn):
     want = golden(name)
     with Llama(gguf_path(name), flash_attn=flash_attn) as llama:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gguf
 import numpy as np
 import pytest
-from helpers import EMBEDDERS, check_python, cosines, gguf_path, rewrite_gguf
+from helpers import EMBEDDERS, FAMILIES, check_python, cosines, gguf_path, rewrite_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,7 +28,7 @@ ODD = [
 
 
 @pytest.mark.parametrize("parse_special", [False, True])
-@pytest.mark.parametrize("name", EMBEDDERS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_odd_texts_give_finite_rows(load, name, parse_special):
     rows = load(name).embed_texts(ODD, truncate=True, parse_special=parse_special)
     assert rows.shape == (len(ODD), 32)

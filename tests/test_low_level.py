@@ -38,6 +38,13 @@ def test_a_model_says_what_it_is(bert, qwen):
         assert rank.chat_template("none such") is None
 
 
+@pytest.mark.parametrize("name", ["tiny-llama-embed", "tiny-qwen2"])
+def test_a_decoder_that_looks_both_ways_is_not_cut_into_ubatches(name):
+    with Model(gguf_path(name)) as model:
+        context = Context(model, n_batch=128, n_ubatch=32, pooling_type=PoolingType.LAST)
+        assert (context.is_causal, context.may_split, context.n_tokens_max) == (False, False, 32)
+
+
 def test_a_vocabulary_splits_and_joins(bert, qwen):
     assert bert.vocab.vocab_type == VocabType.WPM
     assert qwen.vocab.vocab_type == VocabType.BPE

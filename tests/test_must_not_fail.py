@@ -13,7 +13,17 @@ from concurrent.futures import ThreadPoolExecutor
 import gguf
 import numpy as np
 import pytest
-from helpers import EMBEDDERS, PAIRS, TEXTS, check_python, cosines, gguf_path, golden, rewrite_gguf
+from helpers import (
+    EMBEDDERS,
+    FAMILIES,
+    PAIRS,
+    TEXTS,
+    check_python,
+    cosines,
+    gguf_path,
+    golden,
+    rewrite_gguf,
+)
 
 from llamacrab import Batch, Context, Llama, Model, PoolingType, errors
 from llamacrab._core import Encoder
@@ -28,7 +38,7 @@ def test_mnf_01_two_texts_are_embedded_and_more_than_fit_in_one_batch(load, name
     assert load(name).embed_texts([f"Hello {i}" for i in range(1000)]).shape == (1000, 32)
 
 
-@pytest.mark.parametrize("name", EMBEDDERS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_mnf_02_many_sequences_leave_room_for_long_texts(name):
     with Llama(gguf_path(name), n_seq_max=256, pack_tokens=512) as llama:
         ids = np.full(llama.n_ctx, 30)
@@ -50,7 +60,7 @@ def test_mnf_03_more_tokens_than_n_ubatch_are_refused_not_asserted():
 
 
 def test_mnf_04_the_guard_does_not_ask_whether_a_model_has_an_encoder(load):
-    for name in EMBEDDERS:
+    for name in FAMILIES:
         llama = load(name)
         with pytest.raises(errors.TextTooLongError):
             llama.embed([30] * (llama.n_ctx + 1))

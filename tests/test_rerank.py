@@ -98,6 +98,25 @@ def test_pairs_of_a_model_without_template_are_those_of_llama_server(load):
         assert ids == [bos, *query, eos, sep, *document, eos]
 
 
+def test_a_head_of_one_matrix_scores_the_first_token_through_tanh(load, tmp_path):
+    # What llama.cpp makes of jina-reranker-v1, whose own head has a matrix more: docs/models.md.
+    rng = np.random.default_rng(1)
+    weight = rng.normal(size=(1, 32)).astype(np.float32) / 6
+    path = rewrite_gguf(
+        gguf_path("tiny-jina-v2"),
+        tmp_path / "model.gguf",
+        {"jina-bert-v2.pooling_type": (PoolingType.RANK, gguf.GGUFValueType.UINT32)},
+        tensors={"cls.weight": weight, "cls.bias": np.array([0.1], np.float32)},
+    )
+    with Llama(path) as llama:
+        scores = llama.rerank("who eats crabs?", PAIRS["documents"])
+        pairs = PairTemplate(llama.model, "who eats crabs?").encoder(limit=512)
+        ids = [pairs.encode(document) for document in PAIRS["documents"]]
+    rows = load("tiny-jina-v2", PoolingType.CLS).embed_texts(ids, normalize=False)
+    np.testing.assert_allclose(scores, np.tanh(rows @ weight[0] + 0.1), atol=5e-3)
+    assert np.ptp(scores) > 0.1
+
+
 @pytest.mark.parametrize("wrong", [None, 3, b"bytes", [1, 2, 3]])
 @pytest.mark.parametrize("name", RERANKERS)
 def test_a_query_or_document_that_is_no_text_is_refused(load, name, wrong):

@@ -6,6 +6,7 @@
 #include <new>
 #include <string_view>
 
+#include "asserts.hpp"
 #include "log.hpp"
 
 namespace llamacrab {
@@ -145,7 +146,7 @@ struct scheduler::worker {
     // Leave a context whose state an exception has put in doubt.
     void renew(llama_model * model) {
         shared.clear();
-        if (llama_context * fresh = llama_init_from_model(model, params)) {
+        if (llama_context * fresh = make_context(model, params)) {
             free_renewed();
             context = renewed = fresh;
             watch();

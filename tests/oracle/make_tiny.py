@@ -65,7 +65,7 @@ class Maker:
             (q, d) for q in range(len(pairs["queries"])) for d in range(len(pairs["documents"]))
         ]
 
-    def convert(self, folder: Path, name: str, pre: str = "default") -> Path:
+    def convert(self, folder: Path, name: str, pre: str = "default", *options: str) -> Path:
         """Turn a Hugging Face folder into DATA/name.gguf."""
         path = DATA / f"{name}.gguf"
         subprocess.run(
@@ -82,6 +82,7 @@ class Maker:
                 "f32",
                 "--model-name",
                 name,
+                *options,
             ],
             check=True,
             env={**os.environ, "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": "python"},
@@ -91,13 +92,17 @@ class Maker:
     def save_vectors(
         self,
         name: str,
-        model: torch.nn.Module,
+        model: Callable[..., object],
         encode: Callable[[str], Sequence[int]],
         pooling: str,
         keep_tokens: int = 0,
         composed_only: bool = False,
+        head: Callable[[np.ndarray], np.ndarray] = np.asarray,
     ) -> None:
-        """Embed a spread of short and long texts that fit, with every kind of pooling."""
+        """Embed a spread of short and long texts that fit, with every kind of pooling.
+
+        A `head` is what comes after the pooling.
+        """
         rows = {
             i: list(encode(text))
             for i, text in enumerate(self.texts)
@@ -111,9 +116,9 @@ class Maker:
         ids = [rows[i] for i in text_ids]
         states = [hidden(model, row) for row in ids]
         pooled = {
-            "mean": normalize(np.stack([state.mean(0) for state in states])),
-            "cls": normalize(np.stack([state[0] for state in states])),
-            "last": normalize(np.stack([state[-1] for state in states])),
+            "mean": normalize(head(np.stack([state.mean(0) for state in states]))),
+            "cls": normalize(head(np.stack([state[0] for state in states]))),
+            "last": normalize(head(np.stack([state[-1] for state in states]))),
         }
         arrays = {
             "text_ids": np.asarray(text_ids, np.int32),
@@ -146,7 +151,7 @@ class Maker:
         )
 
 
-def hidden(model: torch.nn.Module, ids: Sequence[int]) -> np.ndarray:
+def hidden(model: Callable[..., object], ids: Sequence[int]) -> np.ndarray:
     """Run one sequence, without padding, and return its last hidden states."""
     with torch.no_grad():
         return model(input_ids=torch.tensor([ids])).last_hidden_state[0].numpy()
@@ -191,7 +196,9 @@ def write_pooling(folder: Path, mode: str) -> None:
     write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": HIDDEN, **modes})
 
 
-def amend(path: Path, fields: Mapping[str, str | int], tensors: Mapping[str, torch.Tensor]) -> None:
+def amend(
+    path: Path, fields: Mapping[str, str | bool | int], tensors: Mapping[str, torch.Tensor]
+) -> None:
     """Set metadata in a GGUF file and add tensors, keeping all the rest as it is."""
     reader = gguf.GGUFReader(path)
     architecture = reader.fields["general.architecture"].contents()
@@ -202,11 +209,13 @@ def amend(path: Path, fields: Mapping[str, str | int], tensors: Mapping[str, tor
             continue
         element = field.types[-1] if len(field.types) > 1 else None
         writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=element)
+    kinds = {
+        str: gguf.GGUFValueType.STRING,
+        bool: gguf.GGUFValueType.BOOL,
+        int: gguf.GGUFValueType.UINT32,
+    }
     for key, value in fields.items():
-        text = isinstance(value, str)
-        writer.add_key_value(
-            key, value, gguf.GGUFValueType.STRING if text else gguf.GGUFValueType.UINT32
-        )
+        writer.add_key_value(key, value, kinds[type(value)])
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     for name, weight in tensors.items():
@@ -225,11 +234,9 @@ def train_pieces(path: Path, texts: Sequence[str], **options: object) -> None:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines),
             model_writer=file,
-            vocab_size=800,
-            character_coverage=0.995,
             num_threads=1,
             minloglevel=1,
-            **options,
+            **{"vocab_size": 800, "character_coverage": 0.995, **options},
         )
 
 
@@ -542,22 +549,7 @@ def qwen_tokenizer(texts: Sequence[str]) -> tf.Qwen2Tokenizer:
 def make_llama(maker: Maker) -> None:
     """Make a causal model whose file does not say how to pool."""
     folder = maker.work / "llama"
-    folder.mkdir()
-    train_pieces(
-        folder / "tokenizer.model",
-        maker.texts,
-        model_type="bpe",
-        byte_fallback=True,
-        split_digits=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=-1,
-    )
-    tokenizer = tf.LlamaTokenizer.from_pretrained(folder, add_bos_token=True)
-    tokenizer.update_post_processor()
+    tokenizer = llama_tokenizer(folder, maker.texts)
     model = randomize(
         tf.LlamaForCausalLM(
             tf.LlamaConfig(
@@ -578,6 +570,27 @@ def make_llama(maker: Maker) -> None:
     maker.save_vectors(
         "tiny-llama", model.model, lambda text: tokenizer(text)["input_ids"], pooling="mean"
     )
+
+
+def llama_tokenizer(folder: Path, texts: Sequence[str]) -> tf.LlamaTokenizer:
+    """Train pieces that fall back on bytes, and leave them in a new folder."""
+    folder.mkdir()
+    train_pieces(
+        folder / "tokenizer.model",
+        texts,
+        model_type="bpe",
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+    )
+    tokenizer = tf.LlamaTokenizer.from_pretrained(folder, add_bos_token=True)
+    tokenizer.update_post_processor()
+    return tokenizer
 
 
 def make_t5(maker: Maker) -> None:
