@@ -22,6 +22,7 @@ import numpy as np
 from llamacrab._core import SEGMENT_B_OFFSET, Model
 from llamacrab._extras import require
 from llamacrab.errors import ConvertError, LlamaError
+from llamacrab.prompts import KEY as PROMPT_KEY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -95,6 +96,8 @@ def convert(
     try:
         writer = gguf.GGUFWriter(name, "bert")
         _write_header(writer, gguf, folder, config, outtype)
+        for prompt_name, prompt in _prompts(folder).items():
+            writer.add_string(f"{PROMPT_KEY}{prompt_name}", prompt)
         if is_reranker:
             writer.add_pooling_type(gguf.PoolingType.RANK)
             writer.add_array("bert.classifier.output_labels", _labels(config, tensors))
@@ -227,6 +230,15 @@ def _write_header(
     writer.add_file_type(gguf.LlamaFileType[ftype])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_causal_attention(False)
+
+
+def _prompts(folder: Path) -> dict[str, str]:
+    """Return the prompts that sentence-transformers keeps beside a model, by name."""
+    path = folder / "config_sentence_transformers.json"
+    prompts = _read_json(path).get("prompts") if path.is_file() else None
+    if not isinstance(prompts, dict):
+        return {}
+    return {str(name): str(prompt) for name, prompt in prompts.items()}
 
 
 def _pooling(folder: Path) -> str | None:

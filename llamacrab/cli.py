@@ -17,6 +17,7 @@ from llamacrab import EmbedOptions, Llama, LlamaError, PoolingType, tuning
 from llamacrab._convert import OUTTYPES, convert
 from llamacrab._core import Model
 from llamacrab.default_model import default_model_path, fetch_default_model, resolve
+from llamacrab.prompts import prompts_of
 from llamacrab.similarity import semantic_search
 
 if TYPE_CHECKING:
@@ -131,12 +132,32 @@ def _open(model: Path | None, pooling: PoolingType, **sizes: int) -> Llama:
     help="How tokens become a vector.  [default: as the model says, else mean]",
 )
 @click.option("--no-normalize", is_flag=True, help="Keep the length of the vectors.")
+@click.option("--prompt", help="Put this before every text.")
+@click.option(
+    "--prompt-name",
+    metavar="NAME",
+    help="Put the model's own prompt of this name before every text; `info` lists them.",
+)
+@click.option("--dimensions", type=click.IntRange(1), help="Keep the first so many numbers.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "binary", "ubinary"]),
+    default="float32",
+    show_default=True,
+    help="What the numbers become; binary: one bit each.",
+)
+@click.option("--chunk", is_flag=True, help="Average over windows of texts that are too long.")
 @_model_options
 def embed(
     source: str,
     output: Path,
     pooling: str | None,
     no_normalize: bool,
+    prompt: str | None,
+    prompt_name: str | None,
+    dimensions: int | None,
+    dtype: str,
+    chunk: bool,
     model: Path | None,
     truncate: Truncate,
     field: str,
@@ -149,11 +170,19 @@ def embed(
         raise click.BadParameter(f"there is no folder {output.parent}", param_hint="--output")
     texts = list(_read_texts(source, field))
     chosen = POOLINGS[pooling] if pooling else PoolingType.UNSPECIFIED
-    options = EmbedOptions(normalize=not no_normalize, truncate=truncate)
+    options = EmbedOptions(
+        normalize=not no_normalize,
+        truncate=truncate,
+        prompt=prompt,
+        prompt_name=prompt_name,
+        dimensions=dimensions,
+        dtype=dtype,
+        chunk=chunk,
+    )
     with _open(model, chosen, **sizes) as llama:
         vectors = llama.embed_texts(texts, options=options, progress=sys.stderr.isatty())
     _write_vectors(output, texts, np.asarray(vectors))
-    click.echo(f"{len(texts)} texts -> {output}: float32, {vectors.shape}", err=True)
+    click.echo(f"{len(texts)} texts -> {output}: {dtype}, {vectors.shape}", err=True)
 
 
 @main.command()
@@ -221,12 +250,15 @@ def search(
     field: str,
     **sizes: int,
 ) -> None:
-    """Show the lines of CORPUS that mean most nearly what QUERY means, with their cosine."""
+    """Show the lines of CORPUS that mean most nearly what QUERY means, with their cosine.
+
+    The model's prompts for queries and documents are put before them, if it is known to have any.
+    """
     corpus = list(_read_texts(source, field))
     with _open(model, PoolingType.UNSPECIFIED, **sizes) as llama:
-        asked = llama.embed(query, truncate=truncate)
+        asked = llama.embed_query(query, truncate=truncate)
         if vectors is None:
-            rows = llama.embed_texts(corpus, truncate=truncate, progress=sys.stderr.isatty())
+            rows = llama.embed_documents(corpus, truncate=truncate)
         else:
             rows = np.load(vectors, mmap_mode="r")
     if len(rows) != len(corpus) or rows.shape[1:] != asked.shape:
@@ -263,6 +295,8 @@ def info(path: Path | None) -> None:
             "special tokens": f"{_pieces(model, model.vocab.prefix)} text "
             f"{_pieces(model, model.vocab.suffix)}".strip(),
         }
+        for name, prompt in prompts_of(model.metadata).items():
+            rows[f"prompt {name}"] = repr(prompt)
     for name, value in rows.items():
         click.echo(f"{name:16} {value}")
 

@@ -65,22 +65,26 @@ def install(kind: dict[str, str], folder: Path) -> Path:
     return python
 
 
+def _find(library: str) -> str:
+    command = ["c++", f"-print-file-name={library}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("sanitizer", choices=OPTIONS)
     parser.add_argument("--seconds", type=float, default=60)
     args = parser.parse_args()
     kind = OPTIONS[args.sanitizer]
-    found = subprocess.run(
-        ["c++", f"-print-file-name={kind['library']}"], capture_output=True, text=True, check=True
-    )
+    # libstdc++ too: AddressSanitizer looks for what throws exceptions when the process starts.
+    preloaded = " ".join(map(_find, (kind["library"], "libstdc++.so.6")))
     with tempfile.TemporaryDirectory() as folder:
         python = install(kind, Path(folder) / "venv")
         suppressions = Path(folder) / "suppressions"
         suppressions.write_text(SUPPRESSIONS if args.sanitizer == "thread" else "")
         environment = {
             **os.environ,
-            "LD_PRELOAD": found.stdout.strip(),
+            "LD_PRELOAD": preloaded,
             "PYTHONMALLOC": "malloc",
             kind["variable"]: f"{kind['options']} suppressions={suppressions}",
         }
