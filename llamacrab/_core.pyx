@@ -66,4 +66,5 @@ include "scheduler.pyx"
 include "system.pyx"
 
 c.log_install(_log_sink)
+c.throw_on_abort()
 c.llama_backend_init()

@@ -122,9 +122,13 @@ cdef class Context:
         except MemoryError:
             handle.ptr = NULL
         if handle.ptr == NULL:
-            raise AllocationError(
+            reason = _native_errors()
+            # An assertion is about numbers of the GGUF that contradict each other, or about memory.
+            is_corrupt = "GGML_ASSERT" in reason and "insufficient memory" not in reason
+            kind = ModelCorruptError if is_corrupt else AllocationError
+            raise kind(
                 f"cannot make a context of n_ctx={n_ctx}, n_batch={n_batch}, n_ubatch={n_ubatch}, "
-                f"n_seq_max={n_seq_max}: {_native_errors()}"
+                f"n_seq_max={n_seq_max}: {reason}"
             )
         self._params = params
         self._vocab = model.vocab

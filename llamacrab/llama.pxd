@@ -19,6 +19,10 @@ cdef extern from "native/log.hpp" namespace "llamacrab" nogil:
     string log_take_errors() except +
 
 
+cdef extern from "native/abort.hpp" namespace "llamacrab" nogil:
+    void throw_on_abort()
+
+
 cdef extern from "llama.h" nogil:
     ctypedef int32_t llama_pos
     ctypedef int32_t llama_token

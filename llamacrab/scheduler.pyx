@@ -89,8 +89,11 @@ cdef class Scheduler:
         handle.ptr = new native.scheduler(
             self._context._handle.model.ptr, self._context.n_out,
             self._limits(pack_tokens, n_contexts))
-        for context in handle.contexts:
-            handle.ptr.add_worker(context._handle.ptr, context._params)
+        try:
+            for context in handle.contexts:
+                handle.ptr.add_worker(context._handle.ptr, context._params)
+        except RuntimeError as error:  # the system gives no more threads
+            raise AllocationError(f"cannot start {n_contexts} threads: {error}") from None
         # The caller's thread splits texts into tokens, helped by as many as leave no CPU idle.
         handle.crew = new native.crew(
             max(0, min(n_contexts * max(1, how.get("n_threads", 1)), MAX_ENCODERS) - 1))
