@@ -74,8 +74,10 @@ cdef class Scheduler:
                  int64_t queue_tokens=0, bint deterministic=False, on_pack=None, **how):
         cdef _SchedulerHandle handle = _SchedulerHandle()
         cdef Context context
-        if n_contexts < 1:
-            raise ContextError(f"n_contexts must be at least 1, not {n_contexts}")
+        if not 1 <= n_contexts <= c.GGML_MAX_N_THREADS:  # each is a thread
+            raise ContextError(
+                f"n_contexts must be from 1 to {c.GGML_MAX_N_THREADS}, not {n_contexts}"
+            )
         if queue_tokens < 0:
             raise ContextError(f"queue_tokens must not be negative, as {queue_tokens} is")
         self._lock = threading.Lock()

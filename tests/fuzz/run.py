@@ -47,7 +47,7 @@ def supervise(kind: str, seed: int, first: int, count: int, seconds: float) -> l
             status, output = watch(kind, seed, at, n, file.name, progress, seconds)
             case, done, not_done = PROGRESS.unpack(progress)
             if case < 0:
-                sys.exit(f"the worker does not even start: {output}")
+                sys.exit(f"a worker did not even start ({status}): {output}")
             answered += done
             refused += not_done
             new = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
