@@ -13,7 +13,9 @@ from helpers import EMBEDDERS, check_python, cosines, gguf_path, rewrite_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llamacrab import Llama
 from llamacrab._core import Encoder
+from llamacrab.errors import ModelCorruptError
 
 ODD = [
     "",
@@ -93,6 +95,20 @@ for _ in range(3):
 """,
         path,
     )
+
+
+def test_a_vocabulary_that_would_be_split_for_ever_is_refused(tmp_path):
+    source, path = gguf_path("tiny-xlmr"), tmp_path / "model.gguf"
+    fields = {"tokenizer.ggml.model": ("rwkv", gguf.GGUFValueType.STRING)}
+    rewrite_gguf(source, path, fields)
+    with pytest.raises(ModelCorruptError, match="lacks tokens of single bytes"):
+        Llama(path)
+    tokens = gguf.GGUFReader(source).fields["tokenizer.ggml.tokens"].contents()
+    tokens = [f"\\x{i:02x}" if i < 256 else f"crab{i}" for i in range(len(tokens))]
+    fields["tokenizer.ggml.tokens"] = (tokens, gguf.GGUFValueType.ARRAY)
+    with Llama(rewrite_gguf(source, path, fields)) as llama:
+        ids = llama.model.vocab.tokenize("a crab256", add_special=False)
+        assert ids.tolist() == [*b"a ", 256]
 
 
 def test_more_threads_than_the_system_gives_are_an_allocation_error():
