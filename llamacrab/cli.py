@@ -266,7 +266,7 @@ def search(
             f"{vectors} has shape {rows.shape}, but {source} has {len(corpus)} texts and the model "
             f"{asked.shape[0]} dimensions"
         )
-    scores, indices = semantic_search(asked, np.asarray(rows), top_k)
+    scores, indices = semantic_search(asked, rows, top_k=top_k)
     for score, i in zip(scores[0], indices[0], strict=True):
         click.echo(f"{score:.4f}\t{corpus[i]}")
 

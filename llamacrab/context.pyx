@@ -126,7 +126,8 @@ cdef class Context:
             handle.ptr = NULL
         if handle.ptr == NULL:
             reason = _native_errors()
-            if "gave up at" in reason:  # native/asserts.hpp
+            # An assertion (native/asserts.hpp) is about numbers of the GGUF, or about memory.
+            if "gave up at" in reason and "insufficient memory" not in reason:
                 raise ModelCorruptError(f"llama.cpp cannot compute with {model.path}: {reason}")
             raise AllocationError(
                 f"cannot make a context of n_ctx={n_ctx}, n_batch={n_batch}, n_ubatch={n_ubatch}, "

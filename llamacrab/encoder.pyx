@@ -9,6 +9,15 @@ _TRUNCATE = {
 }
 
 
+cdef int _append(native.token_vector &into, Vocab vocab, ids) except -1:
+    cdef const int32_t[::1] view = as_token_ids(ids)
+    vocab.check_ids(view)
+    cdef Py_ssize_t i
+    for i in range(view.shape[0]):
+        into.push_back(view[i])
+    return 0
+
+
 cdef class Encoder:
     """How the texts of one call become token ids. The rules are in native/encoding.cpp.
 
@@ -50,10 +59,8 @@ cdef class Encoder:
         self._native.truncate = <native.truncate_side>side
         self._native.parse_special = parse_special
         self._native.decompose = vocab._decompose
-        for token in vocab.prefix if prefix is None else prefix:
-            self._native.prefix.push_back(token)
-        for token in vocab.suffix if suffix is None else suffix:
-            self._native.suffix.push_back(token)
+        _append(self._native.prefix, vocab, vocab.prefix if prefix is None else prefix)
+        _append(self._native.suffix, vocab, vocab.suffix if suffix is None else suffix)
         self._native.lead = _utf8(lead)
         self._native.trail = _utf8(trail)
         self._common = self._native.common()

@@ -77,8 +77,10 @@ cdef class Scheduler:
                  int64_t queue_tokens=0, bint deterministic=False, on_pack=None, **how):
         cdef _SchedulerHandle handle = _SchedulerHandle()
         cdef Context context
-        if n_contexts < 1:
-            raise ContextError(f"n_contexts must be at least 1, not {n_contexts}")
+        if not 1 <= n_contexts <= c.GGML_MAX_N_THREADS:  # each is a thread
+            raise ContextError(
+                f"n_contexts must be from 1 to {c.GGML_MAX_N_THREADS}, not {n_contexts}"
+            )
         if queue_tokens < 0:
             raise ContextError(f"queue_tokens must not be negative, as {queue_tokens} is")
         self._lock = threading.Lock()
@@ -103,8 +105,11 @@ cdef class Scheduler:
             raise ContextError(f"pack_tokens must be at least 1, not {pack_tokens}")
         handle.ptr = new native.scheduler(
             self._context._handle.model.ptr, self._limits(pack_tokens, n_contexts))
-        for context in handle.contexts:
-            handle.ptr.add_worker(context._handle.ptr, context._params)
+        try:
+            for context in handle.contexts:
+                handle.ptr.add_worker(context._handle.ptr, context._params)
+        except RuntimeError as error:  # the system gives no more threads
+            raise AllocationError(f"cannot start {n_contexts} threads: {error}") from None
         # The caller's thread splits texts into tokens, helped by as many as leave no CPU idle.
         handle.crew = new native.crew(
             max(0, min(n_contexts * max(1, how.get("n_threads", 1)), MAX_ENCODERS) - 1))

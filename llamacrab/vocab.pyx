@@ -115,6 +115,11 @@ cdef class Vocab:
             after = [self.eos] if self.add_eos else []
         self.prefix = tuple(token for token in before if token is not None)
         self.suffix = tuple(token for token in after if token is not None)
+        if self.vocab_type == VocabType.RWKV:
+            # At a byte that begins a token, but is none, llama.cpp adds tokens for ever.
+            pieces = {self.token_to_piece(token) for token in range(self.n_tokens)}
+            if any(piece[:1] not in pieces for piece in pieces):
+                raise ModelCorruptError("the vocabulary lacks tokens of single bytes")
         # native/encoding.hpp says why.
         lowercase = metadata.get("tokenizer.ggml.normalizer.lowercase", "true")
         strip = metadata.get("tokenizer.ggml.normalizer.strip_accents", lowercase)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import builtins
 import doctest
 import importlib
+import importlib.util
 import inspect
 import os
 import pkgutil
@@ -21,6 +22,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Its sections need packages that need not be there, and go on each from the page's first block.
+INDEXES = ROOT / "docs" / "indexes.md"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -49,6 +52,13 @@ def run_python(page: Path) -> None:
             check_examples(block, namespace, page)
         else:
             exec(compile(block, page, "exec"), namespace)
+
+
+def sections(page: Path) -> dict[str, str]:
+    """Return the sections of a page that hold Python, each after the page's beginning."""
+    beginning, *rest = re.split(r"^## (.+)\n", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    pairs = zip(rest[::2], rest[1::2], strict=True)
+    return {heading: beginning + body for heading, body in pairs if "```python" in body}
 
 
 def check_examples(text: str, namespace: dict[str, object], where: Path | str) -> None:
@@ -103,10 +113,24 @@ def run(command: list[str], folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem
+    "page",
+    [page for page in PAGES if blocks(page, "python") and page != INDEXES],
+    ids=lambda page: page.stem,
 )
 def test_python_of_a_page_runs_and_says_what_the_page_shows(page, clone):
     run([sys.executable, "-W", "error", __file__, str(page)], clone)
+
+
+@pytest.mark.parametrize("heading", sections(INDEXES))
+def test_an_index_finds_what_the_exact_search_finds(heading, clone):
+    text = sections(INDEXES)[heading]
+    package = re.findall(r"^(?:import|from) (\w+)", text, re.MULTILINE)[-1]
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    page = clone / "indexes.md"
+    page.write_text(text, encoding="utf-8")
+    # Warnings of these packages at their import are no concern of ours.
+    run([sys.executable, __file__, str(page)], clone)
 
 
 @pytest.mark.parametrize(

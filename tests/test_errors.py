@@ -206,7 +206,9 @@ def test_sizes_that_do_not_fit_each_other_are_refused(sizes, message):
 @pytest.mark.parametrize(
     ("size", "message"),
     [
-        ({"n_contexts": -1}, "n_contexts must be at least 1, not -1"),
+        ({"n_contexts": -1}, "n_contexts must be from 1 to 512, not -1"),
+        # They took all memory of the machine, one after the other.
+        ({"n_contexts": 2**31 - 1}, "n_contexts must be from 1 to 512, not 2147483647"),
         ({"pack_tokens": -5}, "pack_tokens must be at least 1, not -5"),
         ({"queue_tokens": -1}, "queue_tokens must not be negative"),
         ({"n_seq_max": 300}, "n_seq_max must be from 1 to 256, not 300"),

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import gguf
 import numpy as np
 import pytest
 from helpers import EMBEDDERS, FAMILIES, check_python, cosines, gguf_path, rewrite_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from llamacrab import Llama
+from llamacrab._core import Encoder
+from llamacrab.errors import ModelCorruptError
 
 ODD = [
     "",
@@ -54,6 +62,100 @@ def test_special_tokens_are_read_in_a_text_only_on_request(load):
     llama = load("tiny-bert")
     plain, parsed = llama.embed("a [SEP] b"), llama.embed("a [SEP] b", parse_special=True)
     assert cosines(plain, parsed) < 0.9999
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("tiny-llama", "llama.nextn_predict_layers", 256),
+        ("tiny-bert", "bert.expert_used_count", 3),
+        ("tiny-bert", "bert.attention.head_count", 3),
+        ("tiny-qwen3", "qwen3.attention.head_count_kv", 3),
+        ("tiny-qwen3", "qwen3.attention.key_length", 6),
+    ],
+)
+def test_numbers_of_a_gguf_that_contradict_each_other_do_not_end_the_process(
+    tmp_path, name, key, value
+):
+    path = rewrite_gguf(
+        gguf_path(name), tmp_path / "model.gguf", {key: (value, gguf.GGUFValueType.UINT32)}
+    )
+    check_python(
+        """
+import sys
+from llamacrab import Llama
+from llamacrab.errors import ModelCorruptError
+for _ in range(3):
+    try:
+        Llama(sys.argv[1])
+    except ModelCorruptError as error:
+        print(error)
+    else:
+        raise AssertionError
+""",
+        path,
+    )
+
+
+def test_a_vocabulary_that_would_be_split_for_ever_is_refused(tmp_path):
+    source, path = gguf_path("tiny-xlmr"), tmp_path / "model.gguf"
+    fields = {"tokenizer.ggml.model": ("rwkv", gguf.GGUFValueType.STRING)}
+    rewrite_gguf(source, path, fields)
+    with pytest.raises(ModelCorruptError, match="lacks tokens of single bytes"):
+        Llama(path)
+    tokens = gguf.GGUFReader(source).fields["tokenizer.ggml.tokens"].contents()
+    tokens = [f"\\x{i:02x}" if i < 256 else f"crab{i}" for i in range(len(tokens))]
+    fields["tokenizer.ggml.tokens"] = (tokens, gguf.GGUFValueType.ARRAY)
+    with Llama(rewrite_gguf(source, path, fields)) as llama:
+        ids = llama.model.vocab.tokenize("a crab256", add_special=False)
+        assert ids.tolist() == [*b"a ", 256]
+
+
+def test_more_threads_than_the_system_gives_are_an_allocation_error():
+    code = """
+import sys
+from llamacrab import Llama
+from llamacrab.errors import AllocationError
+try:
+    Llama(sys.argv[1], n_contexts=4, n_threads=1)
+except AllocationError as error:
+    assert "cannot start 4 threads" in str(error), error
+else:
+    raise AssertionError
+"""
+    # Stacks of 1 GB, in 3 GB.
+    limits = 'ulimit -s 1000000 && ulimit -v 3000000 && exec "$0" -c "$@"'
+    subprocess.run(
+        ["bash", "-c", limits, sys.executable, code, gguf_path("tiny-bert")],
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+        check=True,
+        timeout=120,
+    )
+
+
+def test_memory_that_is_not_there_for_a_context_is_an_allocation_error():
+    check_python(
+        """
+import resource, sys
+from llamacrab import Llama
+from llamacrab.errors import AllocationError
+resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+try:
+    Llama(sys.argv[1], n_contexts=400, n_threads=1, pack_tokens=16, n_ctx=16)
+except AllocationError as error:
+    assert "insufficient memory" in str(error), error
+else:
+    raise AssertionError
+""",
+        gguf_path("tiny-bert"),
+    )
+
+
+def test_ids_around_a_text_that_no_vocabulary_holds_are_refused(load):
+    vocab = load("tiny-bert").model.vocab
+    for ids in ([605], [-1], [1.5], [[1]], ["a"]):
+        with pytest.raises(ValueError, match=r"range\(605\)|integers"):
+            Encoder(vocab, limit=20, suffix=ids)
 
 
 @settings(max_examples=300, deadline=None)

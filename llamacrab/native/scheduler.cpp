@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <new>
+#include <optional>
 #include <string_view>
 
 #include "asserts.hpp"
@@ -501,6 +502,11 @@ void add_to(llama_batch & batch, const llama_token * ids, int32_t first, int32_t
 failure scheduler::decode(worker & w, const item * const * items, size_t n) {
     const auto    started = clock::now();
     llama_batch & batch   = w.batch;
+    // On this thread alone an assertion of llama.cpp can be caught, as any other exception.
+    std::optional<throwing_asserts> scope;
+    if (w.params.n_threads_batch == 1) {
+        scope.emplace();
+    }
     const fault_kind injected = next_fault();
     if (injected == fault_kind::throws) {
         throw std::runtime_error("injected");
