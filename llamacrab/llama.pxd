@@ -17,7 +17,7 @@ cdef extern from "native/log.hpp" namespace "llamacrab" nogil:
     void log_install(log_sink sink)
     void log_set_threshold(int level)
     string log_take_errors() except +
-    void log_expect(const char *part)
+    void log_doubts(bint passes)
 
 
 cdef extern from "llama.h" nogil:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
@@ -14,6 +13,7 @@ from llamacrab import aio, tuning
 from llamacrab._core import Encoder, Job, Model, PoolingType, Scheduler, SplitMode
 from llamacrab._extras import require
 from llamacrab.default_model import resolve
+from llamacrab.doubts import log_doubts
 from llamacrab.errors import ClosedError, InputError, LlamaError, PoolingError
 from llamacrab.options import EmbedKeywords, EmbedOptions, merge
 from llamacrab.plan import Plan, Prepared
@@ -151,12 +151,6 @@ class Llama:
             use_mlock=use_mlock,
         )
         n_ctx = n_ctx or min(self.model.n_ctx_train, N_CTX_DEFAULT_MAX)
-        if n_ctx > self.model.n_ctx_train:
-            logging.getLogger("llamacrab").warning(
-                "n_ctx=%d is more than the %d tokens that this model was trained on",
-                n_ctx,
-                self.model.n_ctx_train,
-            )
         self._on_gpu = n_gpu_layers != 0 and tuning.has_gpu()
         given = tuning.Layout(n_contexts, n_threads, pack_tokens or n_ubatch, flash_attn)
         known = tuning.remembered(self.model, self._on_gpu)
@@ -186,6 +180,7 @@ class Llama:
         self._calibration = tuning.Calibration(self._scheduler) if may_tune else None
         self.prompts = prompts_of(self.model.metadata)
         self._plans: dict[str, Plan] = {}
+        log_doubts(self.model, self.pooling_type, n_ctx)
         if self.pooling_type == PoolingType.RANK:
             warn_of_wrong_scores(self.model)
 

@@ -93,13 +93,12 @@ cdef class Scheduler:
             n_seq_max += 1  # the last one keeps what texts share
         if how.get("n_batch"):
             how["n_batch"] = max(how["n_batch"], n_seq_max)
-        # It has cells for a whole pack, not only for its longest text: no reason to warn.
-        c.log_expect(b"> n_ctx_train")
+        c.log_doubts(False)  # llamacrab/doubts.py says once what llama.cpp would say for each
         try:
             for _ in range(n_contexts):
                 handle.contexts.append(Context(model, n_seq_max=n_seq_max, **how))
         finally:
-            c.log_expect(NULL)
+            c.log_doubts(True)
         self._context = handle.contexts[0]
         if pack_tokens < 1:
             raise ContextError(f"pack_tokens must be at least 1, not {pack_tokens}")

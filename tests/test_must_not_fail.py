@@ -1,8 +1,7 @@
 """Failures that users of comparable software met, one test an entry of the list, by its number.
 
-Entries that do not apply to what is here yet: 13 (CUDA), 31 (dimensions), 32 (prompts), 33
-(LangChain). 14 and 15 are about GGUFs with wrong flags: what is tested is that ids come from the
-metadata.
+31 (dimensions) and 32 (prompts) are in test_options.py. Two do not apply to what is here yet: 13 is
+about images on CUDA, 33 about an adapter for LangChain.
 """
 
 from __future__ import annotations
@@ -149,6 +148,20 @@ def test_mnf_14_closing_tokens_follow_the_flags_of_the_gguf(tmp_path, flag):
         assert model.vocab.suffix == ((model.vocab.eos,) if flag else ())
 
 
+def test_mnf_14_a_gguf_that_lacks_the_flag_is_doubted_once_and_can_be_mended(tmp_path, caplog):
+    path = rewrite_gguf(
+        gguf_path("tiny-qwen3"), tmp_path / "m.gguf", drop=("tokenizer.ggml.add_eos_token",)
+    )
+    with Llama(path, n_contexts=2) as llama, Llama(gguf_path("tiny-qwen3")) as whole:
+        doubts = [r.getMessage() for r in caplog.records if "add_eos_token" in r.getMessage()]
+        assert len(doubts) == 1
+        eos = llama.model.vocab.eos
+        assert f"end_token={eos}" in doubts[0]
+        mended = llama.embed("a crab", end_token=eos)
+        assert float(mended @ whole.embed("a crab")) > 0.9999
+        assert float(llama.embed("a crab") @ whole.embed("a crab")) < 0.9999
+
+
 def test_mnf_15_the_closing_token_is_the_id_of_the_metadata(tmp_path):
     path = rewrite_gguf(
         gguf_path("tiny-qwen3"), tmp_path / "m.gguf", {"tokenizer.ggml.eos_token_id": (33, UINT32)}
@@ -163,6 +176,15 @@ def test_mnf_16_rows_that_are_not_finite_raise(load):
     with pytest.raises(errors.NumericalError, match="text 0"):
         llama.embed("a crab")
     assert np.isfinite(llama.embed("a crab")).all()
+
+
+@pytest.mark.parametrize(
+    ("pooling", "n_doubts"), [(PoolingType.CLS, 1), (PoolingType.MEAN, 0), (PoolingType.NONE, 0)]
+)
+def test_mnf_16_a_pooling_that_contradicts_the_gguf_is_doubted_once(caplog, pooling, n_doubts):
+    with Llama(gguf_path("tiny-bert"), pooling_type=pooling, n_contexts=3):
+        pass
+    assert sum("pooling" in record.getMessage() for record in caplog.records) == n_doubts
 
 
 def test_mnf_17_equal_texts_at_once_get_equal_rows(load):

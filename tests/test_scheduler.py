@@ -132,7 +132,7 @@ def test_a_list_of_ids_is_one_text_whatever_its_integers(tiny, kind):
 
 
 def test_a_cancelled_future_drops_its_texts_and_disturbs_nobody(tiny, expected):
-    bulk = tiny.submit(TEXTS[-60:], truncate=True, dedup=False)
+    bulk = tiny.submit(TEXTS * 20, truncate=True, dedup=False)
     other = tiny.submit(TEXTS[:10], truncate=True)
     assert bulk.cancel()
     assert bulk.cancelled()

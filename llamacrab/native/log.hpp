@@ -21,7 +21,7 @@ struct log_thread {
     std::string line;    // the unfinished line
     std::string errors;  // finished error lines since log_take_errors()
     bool        muted = false;  // what this thread says now is expected, and nobody's concern
-    const char * expected = nullptr;  // likewise a line that holds this
+    bool        doubting = true;  // whether its doubts about a context are anybody's concern
 };
 
 inline log_state & log_shared() {
@@ -57,7 +57,8 @@ inline void log_callback(ggml_log_level level, const char * text, void *) noexce
         local.errors += local.errors.empty() ? "" : "; ";
         local.errors += local.line;
     }
-    const bool expected = local.expected && local.line.find(local.expected) != std::string::npos;
+    const auto says     = [&](const char * part) { return local.line.find(part) != std::string::npos; };
+    const bool expected = !local.doubting && (says("> n_ctx_train") || says("model default pooling_type is"));
     if (auto sink = shared.sink.load(); wanted && sink && !expected) {
         // The sink runs Python, which may log again on this thread: give it a line of its own.
         const std::string line = std::move(local.line);
@@ -79,8 +80,9 @@ inline std::string log_take_errors() {
 // An abort that we asked for is no error, though llama.cpp logs it as one.
 inline void log_mute(bool muted) { log_local().muted = muted; }
 
-// Drop lines of this thread that hold `part`, which must stay there; null: none.
-inline void log_expect(const char * part) { log_local().expected = part; }
+// Whether llama.cpp's warnings about the sizes and the pooling of a context pass: it gives them for every
+// context anew, and for more cells than one text can use.
+inline void log_doubts(bool pass) { log_local().doubting = pass; }
 
 inline void log_install(log_sink sink) {
     log_shared().sink = sink;

@@ -1,0 +1,45 @@
+"""What looks wrong about how a model is used, said once, in the log, with what to do."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from llamacrab._core import PoolingType, VocabType
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from llamacrab._core import Model
+
+_logger = logging.getLogger("llamacrab")
+
+# Without pooling and with the head nothing is pooled otherwise than the model was trained.
+_POOLED = (PoolingType.MEAN, PoolingType.CLS, PoolingType.LAST)
+
+
+def log_doubts(model: Model, pooling_type: PoolingType, n_ctx: int) -> None:
+    """Log a warning for everything about a model that makes good vectors unlikely."""
+    for doubt in _doubts(model, pooling_type, n_ctx):
+        _logger.warning("%s: %s", model.path, doubt)
+
+
+def _doubts(model: Model, pooling_type: PoolingType, n_ctx: int) -> Iterator[str]:
+    if n_ctx > model.n_ctx_train:
+        yield f"n_ctx={n_ctx} is more than the {model.n_ctx_train} tokens it was trained on"
+    own = model.pooling_type
+    if own in _POOLED and pooling_type in _POOLED and own != pooling_type:
+        yield (
+            f"pooling {pooling_type.name} contradicts the GGUF, which says {own.name}: leave "
+            "pooling_type out unless you know better"
+        )
+    vocab = model.vocab
+    # BERT's vocabularies are closed by SEP whatever the flags say.
+    if vocab.vocab_type in (VocabType.NONE, VocabType.WPM) or vocab.eos is None or vocab.suffix:
+        return
+    if pooling_type == PoolingType.LAST and "tokenizer.ggml.add_eos_token" not in model.metadata:
+        yield (
+            "it pools by the last token, but does not say whether to close a text with EOS "
+            "(tokenizer.ggml.add_eos_token), as old conversions do not: if it was trained so, "
+            f"convert it anew or pass end_token={vocab.eos}"
+        )
