@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from helpers import EMBEDDERS, RERANKERS, TEXTS, cosines
@@ -112,4 +114,4 @@ def test_of_a_pair_only_the_document_is_cut(load, name, side):
             assert cut[:n_head] == whole[:n_head]
         text = model.vocab.detokenize(cut)
         assert ("w299" in text) == (side != "end")
-        assert ("w0" in text.split()) == (side != "start") or "w 0" in text
+        assert bool(re.search(r"w ?0\b", text)) == (side != "start")
