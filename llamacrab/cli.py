@@ -7,7 +7,7 @@ import json
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 import numpy as np
@@ -16,6 +16,7 @@ import llamacrab
 from llamacrab import EmbedOptions, Llama, LlamaError, PoolingType, tuning
 from llamacrab._convert import OUTTYPES, convert
 from llamacrab._core import Model
+from llamacrab.corpus import embed_corpus, shards
 from llamacrab.default_model import default_model_path, fetch_default_model, resolve
 from llamacrab.prompts import prompts_of
 from llamacrab.similarity import semantic_search
@@ -147,6 +148,32 @@ def _open(model: Path | None, pooling: PoolingType, **sizes: int) -> Llama:
     help="What the numbers become; binary: one bit each.",
 )
 @click.option("--chunk", is_flag=True, help="Average over windows of texts that are too long.")
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(sorted(shards.FORMATS)),
+    default="parquet",
+    show_default=True,
+    help="Of the files, where --output is a folder.",
+)
+@click.option(
+    "--shard-rows",
+    type=click.IntRange(1),
+    default=65_536,
+    show_default=True,
+    help="Rows a file of a folder.",
+)
+@click.option("--keep", multiple=True, metavar="COLUMN", help="Columns that go along.")
+@click.option("--keep-text", is_flag=True, help="Put the texts into the files of a folder.")
+@click.option(
+    "--on-error",
+    type=click.Choice(["fail", "skip"]),
+    default="fail",
+    show_default=True,
+    help="What to do with a row that cannot be read or embedded, where --output is a folder.",
+)
+@click.option("--overwrite", is_flag=True, help="Begin a folder anew.")
+@click.option("--json-progress", is_flag=True, help="Print progress as lines of JSON.")
 @_model_options
 def embed(
     source: str,
@@ -158,17 +185,29 @@ def embed(
     dimensions: int | None,
     dtype: str,
     chunk: bool,
+    kind: Literal["parquet", "arrow", "npy", "jsonl"],
+    shard_rows: int,
+    keep: tuple[str, ...],
+    keep_text: bool,
+    on_error: Literal["fail", "skip"],
+    overwrite: bool,
+    json_progress: bool,
     model: Path | None,
     truncate: Truncate,
     field: str,
     **sizes: int,
 ) -> None:
-    """Embed every line of INPUT: text, .jsonl, or - for standard input."""
-    if output.suffix not in (".npy", ".jsonl"):
-        raise click.BadParameter(f"{output} must end in .npy or .jsonl", param_hint="--output")
+    """Embed every line of INPUT: text, .jsonl, or - for standard input.
+
+    Where --output is a folder, INPUT may also be a table (.parquet, .csv, .arrow) or a glob, and the
+    job goes on where it stopped when it is started again.
+    """
+    if output.suffix not in ("", ".npy", ".jsonl"):
+        raise click.BadParameter(
+            f"{output} must end in .npy or .jsonl, or be a folder", param_hint="--output"
+        )
     if not output.parent.is_dir():
         raise click.BadParameter(f"there is no folder {output.parent}", param_hint="--output")
-    texts = list(_read_texts(source, field))
     chosen = POOLINGS[pooling] if pooling else PoolingType.UNSPECIFIED
     options = EmbedOptions(
         normalize=not no_normalize,
@@ -179,6 +218,33 @@ def embed(
         dtype=dtype,
         chunk=chunk,
     )
+    if not output.suffix:
+        rows = (row for row in _read_texts("-", field)) if source == "-" else source
+        with _open(model, chosen, **sizes) as llama:
+            done = embed_corpus(
+                rows,
+                output,
+                llama,
+                text=field,
+                keep=keep,
+                keep_text=keep_text,
+                format=kind,
+                shard_rows=shard_rows,
+                options=options,
+                on_error=on_error,
+                overwrite=overwrite,
+                progress=sys.stderr.isatty() and not json_progress,
+                on_progress=(lambda state: click.echo(json.dumps(state))) if json_progress else None,
+            )
+        click.echo(
+            f"{done.n_rows} texts in {done.n_shards} files -> {output}; {done.n_rejected} rejected, "
+            f"{done.n_resumed} from before, {done.seconds:.1f} s",
+            err=True,
+        )
+        if not done.complete:
+            raise click.ClickException("stopped: start the same command again to go on")
+        return
+    texts = list(_read_texts(source, field))
     with _open(model, chosen, **sizes) as llama:
         vectors = llama.embed_texts(texts, options=options, progress=sys.stderr.isatty())
     _write_vectors(output, texts, np.asarray(vectors))

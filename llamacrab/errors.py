@@ -127,6 +127,10 @@ class NumericalError(LlamaError, ArithmeticError):
         self.index = index
 
 
+class CorpusError(LlamaError, ValueError):
+    """A bulk job cannot go on: its folder holds another job, or a row of its source is wrong."""
+
+
 class QueueFull(LlamaError, RuntimeError):
     """The queue has no room, and the call was told not to wait."""
 

@@ -156,14 +156,20 @@ def guess(*, on_gpu: bool, given: Layout) -> Layout:
 # ------------------------------------------------------------------------------------ memory
 
 
+def content_key(path: Path, size: int = 1 << 20) -> str:
+    """Name a large file by its length, its beginning and its end."""
+    length = path.stat().st_size
+    digest = hashlib.sha256(str(length).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(size))
+        file.seek(max(0, length - size))
+        digest.update(file.read(size))
+    return digest.hexdigest()[:32]
+
+
 def key(model: Model, on_gpu: bool) -> str:
     """Name what a measurement holds for: the model's content, the device, the build, the CPUs."""
-    path = Path(model.path)
-    digest = hashlib.sha256(str(path.stat().st_size).encode())
-    with path.open("rb") as file:
-        digest.update(file.read(1 << 20))
-        file.seek(max(0, path.stat().st_size - (1 << 20)))
-        digest.update(file.read(1 << 20))
+    digest = hashlib.sha256(content_key(Path(model.path)).encode())
     names = sorted(device["name"] + device["description"] for device in devices())
     info = build_info()
     for part in (*names, info["commit"], info["options"], usable_cpus(), on_gpu):

@@ -1,0 +1,9 @@
+"""Bulk jobs: a corpus in, its vectors out, stopped at any moment and gone on with without loss.
+
+Data flows one way: `sources` give rows in order, `job` has them embedded, `shards` writes them, and
+`manifest` remembers what is finished.
+"""
+
+from llamacrab.corpus.job import Summary, embed_corpus
+
+__all__ = ["Summary", "embed_corpus"]

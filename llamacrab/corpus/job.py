@@ -1,0 +1,377 @@
+"""`embed_corpus`: from a source to a folder of shards, in bounded memory, resumed where it stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from llamacrab import tuning
+from llamacrab._extras import require
+from llamacrab._versions import __version__
+from llamacrab.corpus import shards
+from llamacrab.corpus.manifest import Manifest, Shard
+from llamacrab.corpus.sources import Block, Source
+from llamacrab.errors import CorpusError, InputError, LlamaError
+from llamacrab.options import EmbedOptions
+
+if TYPE_CHECKING:
+    import os
+
+    from llamacrab.llama import Llama
+
+# Blocks that are computed while earlier ones are written.
+AHEAD = 3
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a job came to.
+
+    Attributes
+    ----------
+    folder : Path
+        Where the shards lie.
+    n_rows, n_rejected : int
+        Rows in all shards, and rows that were rejected.
+    n_resumed : int
+        Rows that earlier runs had finished.
+    n_shards : int
+        Files.
+    seconds : float
+        What this run took.
+    complete : bool
+        False after Ctrl-C: start again to go on.
+    """
+
+    folder: Path
+    n_rows: int
+    n_rejected: int
+    n_resumed: int
+    n_shards: int
+    seconds: float
+    complete: bool
+
+
+def embed_corpus(
+    source: Any,
+    destination: str | os.PathLike[str],
+    llama: Llama,
+    *,
+    text: str = "text",
+    keep: tuple[str, ...] | list[str] = (),
+    keep_text: bool = False,
+    format: Literal["parquet", "arrow", "npy", "jsonl"] = "parquet",  # noqa: A002
+    shard_rows: int = 65_536,
+    options: EmbedOptions | None = None,
+    on_error: Literal["fail", "skip"] = "fail",
+    overwrite: bool = False,
+    progress: bool = False,
+    on_progress: Callable[[dict[str, Any]], Any] | None = None,
+) -> Summary:
+    """Embed a corpus into a folder of files; call it again to go on where it stopped.
+
+    Parameters
+    ----------
+    source : path, glob, list of Path, table, dataset, frame, or iterable
+        Files of lines (``.txt``, ``.jsonl``, also compressed) or tables (``.parquet``, ``.arrow``,
+        ``.csv``); an Arrow table or dataset; a pandas or polars frame; or any iterable of str or
+        dict. It must give the same rows in the same order when a job is resumed.
+    destination : path
+        A folder, made if need be, for this job alone.
+    llama : Llama
+        The model.
+    text : str
+        The column or field that holds the text.
+    keep : sequence of str
+        Columns that go along into the shards, an id for example.
+    keep_text : bool
+        Put the texts into the shards too.
+    format : {"parquet", "arrow", "npy", "jsonl"}
+        Of the shards. All but ``npy``, which holds the vectors alone, have a column ``row``, the
+        row's number in the source, and ``embedding``.
+    shard_rows : int
+        Rows of the source that a shard covers.
+    options : EmbedOptions, optional
+        How texts become vectors.
+    on_error : {"fail", "skip"}
+        What to do with a row that cannot be read or embedded: raise, with the shards before it
+        kept; or leave it out, and list it with the reason in ``part-*.rejects.jsonl``.
+    overwrite : bool
+        Begin anew, whatever the folder holds.
+    progress : bool
+        Show a progress bar (extra ``progress``).
+    on_progress : callable, optional
+        Called with a dict after every block and at the end.
+
+    Returns
+    -------
+    Summary
+
+    Raises
+    ------
+    CorpusError
+        The folder holds another job, the source cannot be read, or a row is wrong.
+    """
+    began = time.monotonic()
+    folder = Path(destination)
+    how = options or EmbedOptions()
+    if format not in shards.FORMATS:
+        raise InputError(f"format must be one of {', '.join(shards.FORMATS)}, not {format!r}")
+    if on_error not in ("fail", "skip"):
+        raise InputError(f"on_error must be 'fail' or 'skip', not {on_error!r}")
+    if shard_rows < 1:
+        raise InputError(f"shard_rows must be at least 1, not {shard_rows}")
+    reader = Source(source, text=text, keep=tuple(keep))
+    job = {
+        "source": reader.fingerprint(),
+        "text": text,
+        "keep": list(keep),
+        "keep_text": keep_text,
+        "model": tuning.content_key(Path(llama.model.path)),
+        "pooling_type": llama.pooling_type.name,
+        "options": _as_json(how),
+        "format": format,
+        "on_error": on_error,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest = None if overwrite else Manifest.load(folder)
+    if manifest is None:
+        if not overwrite and any(folder.glob("part-*")):
+            raise CorpusError(
+                f"{folder} holds shards but no manifest: overwrite it, or take another"
+            )
+        manifest = Manifest(job, {"llamacrab": __version__})
+    manifest.refuse_other(job, folder)
+    manifest.drop_damaged(folder)
+    shards.clean(folder, manifest.shards)
+    manifest.save(folder)
+    run = _Run(
+        llama,
+        folder,
+        manifest,
+        reader,
+        how=how,
+        kind=format,
+        shard_rows=shard_rows,
+        skip=on_error == "skip",
+        keep_text=keep_text,
+    )
+    n_resumed = manifest.n_read
+    with _bar(progress, n_resumed) as bar:
+
+        def report(n_read: int, n_tokens: int) -> None:
+            if bar is not None:
+                bar.update(n_read - bar.n)
+            if on_progress is not None:
+                seconds = time.monotonic() - began
+                on_progress(
+                    {
+                        "rows": n_read,
+                        "seconds": round(seconds, 3),
+                        "rows_per_second": round((n_read - n_resumed) / max(seconds, 1e-9), 1),
+                        "tokens_per_second": round(n_tokens / max(seconds, 1e-9), 1),
+                        "complete": manifest.complete,
+                    }
+                )
+
+        if not manifest.complete:
+            run.go(report)
+        report(manifest.n_read, run.n_tokens())
+    n_rows = sum(shard.n_rows for shard in manifest.shards)
+    return Summary(
+        folder,
+        n_rows,
+        manifest.n_read - n_rows,
+        n_resumed,
+        len(manifest.shards),
+        time.monotonic() - began,
+        manifest.complete,
+    )
+
+
+class _Run:
+    """One run of a job."""
+
+    def __init__(
+        self,
+        llama: Llama,
+        folder: Path,
+        manifest: Manifest,
+        source: Source,
+        *,
+        how: EmbedOptions,
+        kind: str,
+        shard_rows: int,
+        skip: bool,
+        keep_text: bool,
+    ) -> None:
+        self._llama = llama
+        self._folder = folder
+        self._manifest = manifest
+        self._source = source
+        self._how = how
+        self._kind = kind
+        self._shard_rows = shard_rows
+        self._skip = skip
+        self._keep_text = keep_text
+        self._tokens_before = self._tokens()
+
+    def _tokens(self) -> int:
+        return sum(int(worker["tokens"]) for worker in self._llama.stats()["workers"])
+
+    def n_tokens(self) -> int:
+        """Return the tokens that were computed in this run."""
+        return self._tokens() - self._tokens_before
+
+    def go(self, report: Callable[[int, int], None]) -> None:
+        """Embed what is left, and write it shard by shard."""
+        pending: list[tuple[Block, np.ndarray, np.ndarray]] = []
+        with ThreadPoolExecutor(1, thread_name_prefix="llamacrab-writer") as writer:
+            written: Future[Shard] | None = None
+
+            def write() -> None:
+                nonlocal written, pending
+                self._take(written)
+                written = writer.submit(self._write, pending) if pending else None
+                pending = []
+
+            computed = self._computed()
+            try:
+                for block, rows, done in computed:
+                    pending.append((block, rows, done))
+                    report(block.first + len(block.texts), self.n_tokens())
+                    if sum(len(b.texts) for b, _, _ in pending) >= self._shard_rows:
+                        write()
+                write()
+                self._take(written)
+                self._manifest.complete = True
+                self._manifest.save(self._folder)
+            except (KeyboardInterrupt, LlamaError) as error:
+                # What is computed is kept, in a shard that is shorter than the others.
+                computed.close()
+                write()
+                self._take(written)
+                if not isinstance(error, KeyboardInterrupt):
+                    raise
+
+    def _take(self, written: Future[Shard] | None) -> None:
+        """Count a shard in, once its file is there."""
+        if written is None:
+            return
+        try:
+            self._manifest.shards.append(written.result())
+            self._manifest.save(self._folder)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{error.strerror}: cannot write to {self._folder}; {self._manifest.n_read} rows "
+                "are finished, start again to go on",
+            ) from error
+
+    def _blocks(self) -> Iterator[Block]:
+        """Yield what is left of the source, in blocks that do not cross the bounds of shards."""
+        start = self._manifest.n_read
+        for block in self._source.blocks(start):
+            at = 0
+            while at < len(block.texts):
+                left = self._shard_rows - (block.first + at - start) % self._shard_rows
+                yield block.slice(at, min(len(block.texts), at + left))
+                at += left
+
+    def _computed(self) -> Iterator[tuple[Block, np.ndarray, np.ndarray]]:
+        """Yield every block with its rows, and which of them are there."""
+        ahead: deque[tuple[Block, Future[np.ndarray]]] = deque()
+        try:
+            for block in self._blocks():
+                if block.reasons and not self._skip:
+                    place, why = next(iter(block.reasons.items()))
+                    raise CorpusError(f"row {block.first + place}: {why}")
+                texts = [text for text in block.texts if text is not None]
+                ahead.append((block, self._llama.submit(texts, options=self._how)))
+                if len(ahead) >= AHEAD:
+                    yield self._finished(*ahead.popleft())
+            while ahead:
+                yield self._finished(*ahead.popleft())
+        finally:
+            for _, future in ahead:
+                future.cancel()
+
+    def _finished(
+        self, block: Block, future: Future[np.ndarray]
+    ) -> tuple[Block, np.ndarray, np.ndarray]:
+        """Wait for a block's rows; where a text of it is refused, for those of the others."""
+        places = np.flatnonzero([text is not None for text in block.texts])
+        done = np.zeros(len(block.texts), dtype=bool)
+        rows: np.ndarray | None = None
+        try:
+            found = future.result()
+        except (InputError, ArithmeticError) as error:
+            found = self._one_by_one(block, places, error)
+            places = places[[i not in block.reasons for i in places]]
+        rows = np.zeros((len(block.texts), found.shape[1]), dtype=found.dtype)
+        rows[places] = found
+        done[places] = True
+        return block, rows, done
+
+    def _one_by_one(self, block: Block, places: np.ndarray, error: Exception) -> np.ndarray:
+        """Embed what can be embedded of a block, and note what is wrong with the rest."""
+        kept = []
+        for i in places:
+            try:
+                kept.append(self._llama.embed(block.texts[i], options=self._how))
+            except (InputError, ArithmeticError) as wrong:
+                reason = str(wrong).replace("text 0", "the text", 1)
+                if not self._skip:
+                    raise CorpusError(f"row {block.first + int(i)}: {reason}") from wrong
+                block.reasons[int(i)] = reason
+        if kept:
+            return np.stack(kept)
+        return self._llama.embed_texts([], options=self._how)
+
+    def _write(self, blocks: list[tuple[Block, np.ndarray, np.ndarray]]) -> Shard:
+        done = np.concatenate([one for _, _, one in blocks])
+        first = blocks[0][0].first
+        texts = [text for block, _, _ in blocks for text in block.texts]
+        carried = None
+        if blocks[0][0].carried is not None:
+            pa = require("pyarrow", extra="corpus")
+            tables = [block.carried for block, _, _ in blocks]
+            carried = pa.concat_tables(tables, promote_options="default").filter(pa.array(done))
+        return shards.write(
+            self._folder,
+            shards.name_of(len(self._manifest.shards), self._kind),
+            self._kind,
+            np.flatnonzero(done) + first,
+            [texts[i] or "" for i in np.flatnonzero(done)] if self._keep_text else None,
+            carried,
+            np.concatenate([rows for _, rows, _ in blocks])[done],
+            [
+                {"row": block.first + i, "reason": why}
+                for block, _, _ in blocks
+                for i, why in sorted(block.reasons.items())
+            ],
+            first=first,
+            n_read=len(done),
+        )
+
+
+def _as_json(how: EmbedOptions) -> dict[str, Any]:
+    ranges = None if how.ranges is None else np.asarray(how.ranges).tolist()
+    return {**asdict(replace(how, ranges=None)), "ranges": ranges}
+
+
+@contextlib.contextmanager
+def _bar(wanted: bool, n_done: int) -> Iterator[Any]:
+    if not wanted:
+        yield None
+        return
+    with require("tqdm", extra="progress").tqdm(initial=n_done, unit=" texts") as bar:
+        yield bar

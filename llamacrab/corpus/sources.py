@@ -1,0 +1,216 @@
+"""Where the texts of a job come from: files, tables, frames, or any iterable."""
+
+from __future__ import annotations
+
+import glob
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llamacrab._extras import require
+from llamacrab.errors import CorpusError
+from llamacrab.tuning import content_key
+
+# Rows that are read at once.
+BLOCK = 1024
+LINES = (".txt", ".jsonl", ".ndjson")
+TABLES = {".parquet": "parquet", ".arrow": "ipc", ".feather": "ipc", ".csv": "csv"}
+PACKED = (".gz", ".zst", ".bz2")
+
+
+@dataclass
+class Block:
+    """Rows that follow one another.
+
+    Attributes
+    ----------
+    first : int
+        The number of the first in the source.
+    texts : list of str or None
+        None: there is no text that could be embedded.
+    carried : pyarrow.Table or None
+        The columns that go along.
+    reasons : dict of int to str
+        What is wrong with rows, by their place in the block.
+    """
+
+    first: int
+    texts: list[str | None]
+    carried: Any = None
+    reasons: dict[int, str] = field(default_factory=dict)
+
+    def slice(self, start: int, stop: int) -> Block:
+        """Return a part of it."""
+        return Block(
+            self.first + start,
+            self.texts[start:stop],
+            None if self.carried is None else self.carried.slice(start, stop - start),
+            {i - start: why for i, why in self.reasons.items() if start <= i < stop},
+        )
+
+
+class Source:
+    """The rows of a job, always the same and in the same order.
+
+    Parameters
+    ----------
+    data : path, glob, list of paths, Arrow table or dataset, data frame, or iterable
+        See `embed_corpus`.
+    text : str
+        The column, or the field of a line, that holds the text.
+    keep : sequence of str
+        Columns that go along.
+    """
+
+    def __init__(self, data: Any, *, text: str, keep: tuple[str, ...]) -> None:
+        self._text = text
+        self._keep = keep
+        self._paths = _paths(data)
+        self._data = data
+        self._pa = require("pyarrow", extra="corpus")
+
+    def fingerprint(self) -> Any:
+        """Return what tells this source from another one, as far as that is known."""
+        if self._paths is not None:
+            return [[path.name, content_key(path)] for path in self._paths]
+        shape = getattr(self._data, "shape", None)
+        return [type(self._data).__name__, list(shape) if shape else None]
+
+    def blocks(self, start: int) -> Iterator[Block]:
+        """Yield the rows from row `start` on."""
+        first = 0
+        for texts, carried, reasons in self._read():
+            block = Block(first, texts, carried, reasons)
+            first += len(texts)
+            if first > start:
+                yield block.slice(max(0, start - block.first), len(texts))
+
+    def _read(self) -> Iterator[tuple[list[str | None], Any, dict[int, str]]]:
+        if self._paths is None:
+            yield from self._read_data()
+            return
+        for path in self._paths:
+            kind = _kind(path)
+            if kind in LINES:
+                yield from self._from_rows(_lines(self._pa, path, kind, self._text), path)
+            else:
+                dataset = require("pyarrow.dataset", extra="corpus")
+                yield from self._from_table(dataset.dataset(path, format=TABLES[kind]), str(path))
+
+    def _read_data(self) -> Iterator[tuple[list[str | None], Any, dict[int, str]]]:
+        data, pa = self._data, self._pa
+        if hasattr(data, "to_batches"):  # a table or a dataset
+            yield from self._from_table(data, "the table")
+        elif type(data).__module__.partition(".")[0] == "pandas":
+            yield from self._from_table(pa.Table.from_pandas(data, preserve_index=False), "the frame")
+        elif hasattr(data, "to_arrow"):  # polars
+            yield from self._from_table(data.to_arrow(), "the frame")
+        else:
+            yield from self._from_rows(data, None)
+
+    def _from_table(self, table: Any, name: str) -> Iterator[tuple[list[Any], Any, dict[int, str]]]:
+        missing = {self._text, *self._keep} - set(table.schema.names)
+        if missing:
+            raise CorpusError(
+                f"{name} has no column {', '.join(sorted(missing))}; its columns are "
+                + ", ".join(table.schema.names)
+            )
+        columns = list(dict.fromkeys((self._text, *self._keep)))
+        batches = (
+            table.select(columns).to_batches(max_chunksize=BLOCK)
+            if hasattr(table, "select")
+            else table.to_batches(columns=columns, batch_size=BLOCK)
+        )
+        for batch in batches:
+            rows = self._pa.Table.from_batches([batch])
+            texts, reasons = _checked(rows.column(self._text).to_pylist())
+            yield texts, rows.select(list(self._keep)), reasons
+
+    def _from_rows(
+        self, rows: Iterable[Any], path: Path | None
+    ) -> Iterator[tuple[list[Any], Any, dict[int, str]]]:
+        texts: list[Any] = []
+        carried: list[dict[str, Any]] = []
+        for row in rows:
+            if isinstance(row, Mapping):
+                texts.append(row.get(self._text, _Wrong(f"there is no field {self._text!r}")))
+            else:
+                texts.append(row)
+            kept = row if isinstance(row, Mapping) else {}
+            carried.append({name: kept.get(name) for name in self._keep})
+            if len(texts) == BLOCK:
+                yield self._gathered(texts, carried)
+                texts, carried = [], []
+        if texts:
+            yield self._gathered(texts, carried)
+
+    def _gathered(self, texts: list[Any], carried: list[dict[str, Any]]) -> Any:
+        checked, reasons = _checked(texts)
+        table = self._pa.Table.from_pylist(carried) if self._keep else None
+        return checked, table, reasons
+
+
+@dataclass(frozen=True)
+class _Wrong:
+    """Stands for a row that cannot be read."""
+
+    reason: str
+
+
+def _checked(values: list[Any]) -> tuple[list[str | None], dict[int, str]]:
+    """Return texts, None where there is none, and what is wrong with those."""
+    reasons = {}
+    for i, value in enumerate(values):
+        if isinstance(value, _Wrong):
+            reasons[i] = value.reason
+        elif value is None:
+            reasons[i] = "there is no text"
+        elif not isinstance(value, str):
+            reasons[i] = f"the text is {type(value).__name__}, not str"
+    return [None if i in reasons else value for i, value in enumerate(values)], reasons
+
+
+def _lines(pa: Any, path: Path, kind: str, text: str) -> Iterator[Any]:
+    """Yield the texts, or the fields, of the lines of a file, which may be compressed."""
+    with pa.input_stream(str(path), compression="detect") as stream:
+        for line in io.BufferedReader(stream):
+            try:
+                decoded = line.rstrip(b"\r\n").decode()
+                row = decoded if kind == ".txt" else json.loads(decoded)
+            except ValueError as error:  # no UTF-8, or no JSON
+                yield _Wrong(f"{path.name}: {error}")
+                continue
+            if kind != ".txt" and not isinstance(row, dict):
+                row = _Wrong(f"{path.name}: the line is no JSON object")
+            yield row
+
+
+def _paths(data: Any) -> list[Path] | None:
+    """Return the files that a source names, in order; None where it is no file."""
+    if isinstance(data, (str, Path)):
+        found = sorted(glob.glob(str(data))) or [str(data)]
+    elif isinstance(data, (list, tuple)) and data and all(isinstance(one, Path) for one in data):
+        found = [str(one) for one in data]
+    else:
+        return None
+    paths = [Path(name) for name in found]
+    for path in paths:
+        if not path.is_file():
+            raise CorpusError(f"there is no file {path}")
+        if _kind(path) not in (*LINES, *TABLES):
+            raise CorpusError(
+                f"{path}: cannot read this kind of file; known are "
+                + ", ".join((*LINES, *TABLES))
+                + f", lines also compressed ({', '.join(PACKED)})"
+            )
+    return paths
+
+
+def _kind(path: Path) -> str:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in PACKED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""

@@ -1,0 +1,267 @@
+"""Bulk jobs: what goes in comes out once, whatever happens on the way."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.ipc
+import pyarrow.parquet
+import pytest
+from helpers import TEXTS, cosines, gguf_path
+
+from llamacrab import EmbedOptions, Llama
+from llamacrab.corpus import embed_corpus
+from llamacrab.errors import CorpusError, InputError
+
+OPTIONS = EmbedOptions(truncate=True)
+ROWS = [{"id": f"t{i}", "text": f"{i} {TEXTS[i % 200][:60]}"} for i in range(700)]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    with Llama(gguf_path("tiny-bert"), n_contexts=2) as llama:
+        yield llama
+
+
+@pytest.fixture(scope="module")
+def expected(tiny):
+    return tiny.embed_texts([row["text"] for row in ROWS], options=OPTIONS)
+
+
+def table_of(folder):
+    files = sorted(folder.glob("part-*.parquet"))
+    return pa.concat_tables([pa.parquet.read_table(file) for file in files])
+
+
+def check(folder, expected, rows=ROWS):
+    table = table_of(folder)
+    assert table.column("row").to_pylist() == list(range(len(rows)))
+    assert table.column("id").to_pylist() == [row["id"] for row in rows]
+    vectors = np.array(table.column("embedding").to_pylist(), dtype=np.float32)
+    assert cosines(vectors, expected).min() > 0.9999
+    assert sorted(path.name for path in folder.glob(".*")) == []
+
+
+def write_jsonl(path, rows=ROWS, opener=open):
+    with opener(path, "wt", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def sources(tmp_path):
+    table = pa.Table.from_pylist(ROWS)
+    pa.parquet.write_table(table, tmp_path / "rows.parquet", row_group_size=100)
+    pa.csv.write_csv(table, tmp_path / "rows.csv")
+    with pa.ipc.new_file(tmp_path / "rows.arrow", table.schema) as out:
+        out.write_table(table)
+    for k in range(2):
+        pa.parquet.write_table(table.slice(350 * k, 350), tmp_path / f"half-{k}.parquet")
+    yield write_jsonl(tmp_path / "rows.jsonl")
+    yield write_jsonl(tmp_path / "rows.jsonl.gz", opener=gzip.open)
+    yield tmp_path / "rows.parquet"
+    yield tmp_path / "rows.csv"
+    yield tmp_path / "rows.arrow"
+    yield str(tmp_path / "half-*.parquet")
+    yield [tmp_path / "half-0.parquet", tmp_path / "half-1.parquet"]
+    yield table
+    yield (row for row in ROWS)
+
+
+def test_every_kind_of_source_gives_the_same_rows_in_order(tiny, expected, tmp_path):
+    for k, source in enumerate(sources(tmp_path)):
+        folder = tmp_path / f"out-{k}"
+        done = embed_corpus(
+            source, folder, tiny, keep=["id"], shard_rows=150 + 100 * k, options=OPTIONS
+        )
+        check(folder, expected)
+        assert (done.n_rows, done.n_rejected, done.complete) == (700, 0, True)
+
+
+def test_plain_lines_are_texts(tiny, tmp_path):
+    path = tmp_path / "lines.txt"
+    path.write_text("".join(f"{row['text']}\n" for row in ROWS[:50]), encoding="utf-8")
+    embed_corpus(path, tmp_path / "out", tiny, keep_text=True, options=OPTIONS)
+    assert table_of(tmp_path / "out").column("text").to_pylist() == [
+        row["text"] for row in ROWS[:50]
+    ]
+
+
+@pytest.mark.parametrize("kind", ["npy", "arrow", "jsonl"])
+def test_other_formats_hold_the_same_vectors(tiny, expected, tmp_path, kind):
+    folder = tmp_path / "out"
+    embed_corpus(ROWS, folder, tiny, format=kind, shard_rows=300, options=OPTIONS)
+    files = sorted(folder.glob("part-*"))
+    assert len(files) == 3
+    if kind == "npy":
+        parts = [np.load(file, mmap_mode="r") for file in files]
+    elif kind == "arrow":
+        tables = [pa.ipc.open_file(file).read_all() for file in files]
+        parts = [np.array(table.column("embedding").to_pylist()) for table in tables]
+    else:
+        parts = [
+            np.array([json.loads(line)["embedding"] for line in file.read_text().splitlines()])
+            for file in files
+        ]
+    assert cosines(np.concatenate(parts), expected).min() > 0.9999
+
+
+def test_a_dtype_goes_through_to_the_files(tiny, tmp_path):
+    options = EmbedOptions(truncate=True, dtype="float16", dimensions=16)
+    embed_corpus(ROWS, tmp_path / "out", tiny, options=options)
+    kind = table_of(tmp_path / "out").schema.field("embedding").type
+    assert (kind.list_size, kind.value_type) == (16, pa.float16())
+
+
+def test_a_finished_job_is_not_done_again_and_another_one_is_refused(tiny, tmp_path):
+    source, folder = write_jsonl(tmp_path / "rows.jsonl"), tmp_path / "out"
+    embed_corpus(source, folder, tiny, shard_rows=200, options=OPTIONS)
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("part-*")}
+    again = embed_corpus(source, folder, tiny, shard_rows=200, options=OPTIONS)
+    assert (again.n_resumed, again.n_rows) == (700, 700)
+    assert before == {path: path.stat().st_mtime_ns for path in folder.glob("part-*")}
+    with pytest.raises(CorpusError, match="options: .*'normalize': True"):
+        embed_corpus(source, folder, tiny, options=EmbedOptions(normalize=False, truncate=True))
+    write_jsonl(source, ROWS[:300])
+    with pytest.raises(CorpusError, match="source: "):
+        embed_corpus(source, folder, tiny, options=OPTIONS)
+    with Llama(gguf_path("tiny-xlmr")) as other, pytest.raises(CorpusError, match="model: "):
+        embed_corpus(source, folder, other, options=OPTIONS)
+    assert embed_corpus(source, folder, tiny, overwrite=True, options=OPTIONS).n_rows == 300
+
+
+@pytest.mark.parametrize("how", ["changed", "missing"])
+def test_a_damaged_shard_is_noticed_and_made_again(tiny, expected, tmp_path, how):
+    source, folder = write_jsonl(tmp_path / "rows.jsonl"), tmp_path / "out"
+    keywords = {"keep": ["id"], "shard_rows": 100, "options": OPTIONS}
+    embed_corpus(source, folder, tiny, **keywords)
+    shard = folder / "part-000003.parquet"
+    if how == "missing":
+        shard.unlink()
+    else:
+        data = bytearray(shard.read_bytes())
+        data[len(data) // 2] ^= 1
+        shard.write_bytes(data)
+    assert embed_corpus(source, folder, tiny, **keywords).n_resumed == 300
+    check(folder, expected)
+
+
+def test_rows_that_are_wrong_fail_or_are_listed_with_the_reason(tiny, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    bad = [b'{"text": "good one"}', b"no json", b'{"text": "\xff"}', b'{"other": 1}', b"[1]"]
+    bad += [b'{"text": null}', json.dumps({"text": "long " * 500}).encode(), b'{"text": "last"}']
+    path.write_bytes(b"\n".join(bad) + b"\n")
+    with pytest.raises(CorpusError, match="row 1: rows.jsonl: "):
+        embed_corpus(path, tmp_path / "fail", tiny)
+    done = embed_corpus(path, tmp_path / "skip", tiny, on_error="skip")
+    assert (done.n_rows, done.n_rejected) == (2, 6)
+    assert table_of(tmp_path / "skip").column("row").to_pylist() == [0, 7]
+    lines = (tmp_path / "skip" / "part-000000.rejects.jsonl").read_text().splitlines()
+    rejects = {row["row"]: row["reason"] for row in map(json.loads, lines)}
+    assert list(rejects) == [1, 2, 3, 4, 5, 6]
+    assert "500" in rejects[6] or "502" in rejects[6]
+    assert "no field 'text'" in rejects[3]
+
+
+def test_what_was_computed_before_a_wrong_row_is_kept(tiny, tmp_path):
+    rows = [*ROWS, *ROWS, *ROWS, {"id": "x", "text": "long " * 500}]
+    keywords = {"keep": ["id"], "shard_rows": 5000, "options": EmbedOptions()}
+    with pytest.raises(CorpusError, match="row 2100: the text has 502 tokens"):
+        embed_corpus(rows, tmp_path / "out", tiny, **keywords)
+    assert len(table_of(tmp_path / "out")) == 2048
+    rows[-1]["text"] = "short"
+    assert embed_corpus(rows, tmp_path / "out", tiny, **keywords).n_resumed == 2048
+    assert table_of(tmp_path / "out").column("row").to_pylist() == list(range(2101))
+
+
+def test_sources_and_arguments_that_make_no_sense_are_refused(tiny, tmp_path):
+    with pytest.raises(CorpusError, match="there is no file"):
+        embed_corpus(tmp_path / "none.txt", tmp_path / "out", tiny)
+    (tmp_path / "x.pdf").write_bytes(b"")
+    with pytest.raises(CorpusError, match="cannot read this kind of file"):
+        embed_corpus(tmp_path / "x.pdf", tmp_path / "out", tiny)
+    with pytest.raises(CorpusError, match="has no column body; its columns are id, text"):
+        embed_corpus(pa.Table.from_pylist(ROWS), tmp_path / "out", tiny, text="body")
+    with pytest.raises(InputError, match="format must be"):
+        embed_corpus(ROWS, tmp_path / "out", tiny, format="pdf")
+    (tmp_path / "out" / "part-000000.parquet").write_bytes(b"")
+    (tmp_path / "out" / "manifest.json").write_text("{")
+    with pytest.raises(CorpusError, match="is damaged"):
+        embed_corpus(ROWS, tmp_path / "out", tiny)
+
+
+def test_an_empty_source_is_a_complete_job(tiny, tmp_path):
+    done = embed_corpus([], tmp_path / "out", tiny)
+    assert (done.n_rows, done.n_shards, done.complete) == (0, 0, True)
+
+
+CHILD = """
+import sys
+from llamacrab import EmbedOptions, Llama
+from llamacrab.corpus import embed_corpus
+with Llama(sys.argv[1], n_contexts=1, pack_tokens=64) as llama:
+    print("ready", flush=True)
+    embed_corpus(sys.argv[2], sys.argv[3], llama, keep=["id"], shard_rows=40,
+                 options=EmbedOptions(truncate=True))
+"""
+
+
+def child(source, folder):
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(gguf_path("tiny-bert")), str(source), str(folder)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_job_that_is_killed_again_and_again_loses_and_repeats_nothing(
+    tiny, expected, tmp_path
+):
+    source, folder = write_jsonl(tmp_path / "rows.jsonl"), tmp_path / "out"
+    rng = random.Random(0)
+    n_kills = int(os.environ.get("LLAMACRAB_KILLS", "8"))
+    n_killed = 0
+    for _ in range(n_kills):
+        with child(source, folder) as process:
+            process.stdout.readline()
+            time.sleep(rng.random() * 0.15)
+            process.kill()
+        n_killed += process.returncode == -signal.SIGKILL
+        if n_kills > 8 and (folder / "manifest.json").is_file():
+            # A long run of this test: begin anew once all is done.
+            if json.loads((folder / "manifest.json").read_text())["complete"]:
+                check(folder, expected)
+                embed_corpus([], folder, tiny, overwrite=True)
+                for path in folder.iterdir():
+                    path.unlink()
+    with child(source, folder) as process:
+        assert process.wait() == 0
+    assert n_killed > 0
+    check(folder, expected)
+
+
+def test_ctrl_c_keeps_what_is_done(tiny, expected, tmp_path, monkeypatch):
+    source, folder = write_jsonl(tmp_path / "rows.jsonl"), tmp_path / "out"
+    seen = []
+
+    def interrupt(state):
+        seen.append(state["rows"])
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    keywords = {"keep": ["id"], "shard_rows": 130, "options": OPTIONS}
+    done = embed_corpus(source, folder, tiny, on_progress=interrupt, **keywords)
+    assert not done.complete
+    assert done.n_rows == 260
+    assert embed_corpus(source, folder, tiny, **keywords).n_resumed == 260
+    check(folder, expected)
