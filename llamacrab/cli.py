@@ -199,8 +199,8 @@ def embed(
 ) -> None:
     """Embed every line of INPUT: text, .jsonl, or - for standard input.
 
-    Where --output is a folder, INPUT may also be a table (.parquet, .csv, .arrow) or a glob, and the
-    job goes on where it stopped when it is started again.
+    Where --output is a folder, INPUT may also be a table (.parquet, .csv, .arrow) or a glob, and
+    the job goes on where it stopped when it is started again.
     """
     if output.suffix not in ("", ".npy", ".jsonl"):
         raise click.BadParameter(
@@ -234,11 +234,13 @@ def embed(
                 on_error=on_error,
                 overwrite=overwrite,
                 progress=sys.stderr.isatty() and not json_progress,
-                on_progress=(lambda state: click.echo(json.dumps(state))) if json_progress else None,
+                on_progress=(lambda state: click.echo(json.dumps(state)))
+                if json_progress
+                else None,
             )
         click.echo(
-            f"{done.n_rows} texts in {done.n_shards} files -> {output}; {done.n_rejected} rejected, "
-            f"{done.n_resumed} from before, {done.seconds:.1f} s",
+            f"{done.n_rows} texts in {done.n_shards} files -> {output}; {done.n_rejected} "
+            f"rejected, {done.n_resumed} from before, {done.seconds:.1f} s",
             err=True,
         )
         if not done.complete:

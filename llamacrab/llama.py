@@ -435,7 +435,7 @@ class Llama:
 
     def submit(
         self,
-        texts: Text | list[Text],
+        texts: Text | Sequence[Text],
         *,
         options: EmbedOptions | None = None,
         dedup: bool = True,

@@ -1,11 +1,11 @@
-"""`embed_corpus`: from a source to a folder of shards, in bounded memory, resumed where it stopped."""
+"""`embed_corpus`: from a source to a folder of shards, in bounded memory, and resumed."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -68,7 +68,7 @@ def embed_corpus(
     text: str = "text",
     keep: tuple[str, ...] | list[str] = (),
     keep_text: bool = False,
-    format: Literal["parquet", "arrow", "npy", "jsonl"] = "parquet",  # noqa: A002
+    format: Literal["parquet", "arrow", "npy", "jsonl"] = "parquet",
     shard_rows: int = 65_536,
     options: EmbedOptions | None = None,
     on_error: Literal["fail", "skip"] = "fail",
@@ -286,7 +286,7 @@ class _Run:
                 yield block.slice(at, min(len(block.texts), at + left))
                 at += left
 
-    def _computed(self) -> Iterator[tuple[Block, np.ndarray, np.ndarray]]:
+    def _computed(self) -> Generator[tuple[Block, np.ndarray, np.ndarray]]:
         """Yield every block with its rows, and which of them are there."""
         ahead: deque[tuple[Block, Future[np.ndarray]]] = deque()
         try:

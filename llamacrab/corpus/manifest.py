@@ -68,7 +68,9 @@ class Manifest:
         except FileNotFoundError:
             return None
         except ValueError as error:
-            raise CorpusError(f"{path} is damaged: {error}; overwrite the job to begin anew") from None
+            raise CorpusError(
+                f"{path} is damaged: {error}; overwrite the job to begin anew"
+            ) from None
         if held.pop("version", None) != VERSION:
             raise CorpusError(f"{path} was written by another version of llamacrab")
         held["shards"] = [Shard(**shard) for shard in held["shards"]]

@@ -105,7 +105,9 @@ class Source:
         if hasattr(data, "to_batches"):  # a table or a dataset
             yield from self._from_table(data, "the table")
         elif type(data).__module__.partition(".")[0] == "pandas":
-            yield from self._from_table(pa.Table.from_pandas(data, preserve_index=False), "the frame")
+            yield from self._from_table(
+                pa.Table.from_pandas(data, preserve_index=False), "the frame"
+            )
         elif hasattr(data, "to_arrow"):  # polars
             yield from self._from_table(data.to_arrow(), "the frame")
         else:
@@ -191,7 +193,8 @@ def _lines(pa: Any, path: Path, kind: str, text: str) -> Iterator[Any]:
 def _paths(data: Any) -> list[Path] | None:
     """Return the files that a source names, in order; None where it is no file."""
     if isinstance(data, (str, Path)):
-        found = sorted(glob.glob(str(data))) or [str(data)]
+        # A pattern may be absolute, which Path.glob takes no more.
+        found = sorted(glob.glob(str(data))) or [str(data)]  # noqa: PTH207
     elif isinstance(data, (list, tuple)) and data and all(isinstance(one, Path) for one in data):
         found = [str(one) for one in data]
     else:
