@@ -19,7 +19,7 @@ from llamacrab._versions import __version__
 from llamacrab.corpus import shards
 from llamacrab.corpus.manifest import Manifest, Shard
 from llamacrab.corpus.sources import Block, Source
-from llamacrab.errors import CorpusError, InputError, LlamaError
+from llamacrab.errors import CorpusError, InputError, LlamaError, NumericalError
 from llamacrab.options import EmbedOptions
 
 if TYPE_CHECKING:
@@ -291,11 +291,7 @@ class _Run:
         ahead: deque[tuple[Block, Future[np.ndarray]]] = deque()
         try:
             for block in self._blocks():
-                if block.reasons and not self._skip:
-                    place, why = next(iter(block.reasons.items()))
-                    raise CorpusError(f"row {block.first + place}: {why}")
-                texts = [text for text in block.texts if text is not None]
-                ahead.append((block, self._llama.submit(texts, options=self._how)))
+                ahead.append((block, self._submitted(block)))
                 if len(ahead) >= AHEAD:
                     yield self._finished(*ahead.popleft())
             while ahead:
@@ -303,6 +299,19 @@ class _Run:
         finally:
             for _, future in ahead:
                 future.cancel()
+
+    def _submitted(self, block: Block) -> Future[np.ndarray]:
+        """Queue a block; what is wrong with it is told when its turn has come, not before."""
+        try:
+            if block.reasons and not self._skip:
+                place, why = next(iter(block.reasons.items()))
+                raise CorpusError(f"row {block.first + place}: {why}")
+            texts = [text for text in block.texts if text is not None]
+            return self._llama.submit(texts, options=self._how)
+        except (CorpusError, InputError) as error:
+            refused: Future[np.ndarray] = Future()
+            refused.set_exception(error)
+            return refused
 
     def _finished(
         self, block: Block, future: Future[np.ndarray]
@@ -313,21 +322,21 @@ class _Run:
         rows: np.ndarray | None = None
         try:
             found = future.result()
-        except (InputError, ArithmeticError) as error:
-            found = self._one_by_one(block, places, error)
+        except (InputError, NumericalError):
+            found = self._one_by_one(block, places)
             places = places[[i not in block.reasons for i in places]]
         rows = np.zeros((len(block.texts), found.shape[1]), dtype=found.dtype)
         rows[places] = found
         done[places] = True
         return block, rows, done
 
-    def _one_by_one(self, block: Block, places: np.ndarray, error: Exception) -> np.ndarray:
+    def _one_by_one(self, block: Block, places: np.ndarray) -> np.ndarray:
         """Embed what can be embedded of a block, and note what is wrong with the rest."""
         kept = []
         for i in places:
             try:
                 kept.append(self._llama.embed(block.texts[i], options=self._how))
-            except (InputError, ArithmeticError) as wrong:
+            except (InputError, NumericalError) as wrong:
                 reason = str(wrong).replace("text 0", "the text", 1)
                 if not self._skip:
                     raise CorpusError(f"row {block.first + int(i)}: {reason}") from wrong
