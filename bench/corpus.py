@@ -2,8 +2,8 @@
 
     python bench/corpus.py [--texts 1000000] [--rounds 3]
 
-On the tiny BERT of the tests, so that reading and writing weigh as much as they ever will. The peak is
-that of a process of its own that does the bulk job alone.
+On the tiny BERT of the tests, so that reading and writing weigh as much as they ever will. The peak
+is that of a process of its own that does the bulk job alone.
 """
 
 from __future__ import annotations

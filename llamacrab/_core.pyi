@@ -256,7 +256,7 @@ class Scheduler:
         encoder: Encoder,
         n_texts: int,
         *,
-        norm: float = 0,
+        norm: float = 0.0,
         width: int = 0,
         dedup: bool = True,
         share: bool = True,

@@ -1,0 +1,77 @@
+"""Embed with Ray Data: many processes, on one machine or on many.
+
+>>> import ray
+>>> from llamacrab.integrations.ray import Embedder
+>>> vectors = ray.data.read_parquet("texts/").map_batches(
+...     Embedder,
+...     fn_constructor_kwargs={"model": "model.gguf"},
+...     compute=ray.data.ActorPoolStrategy(size=2),
+...     num_cpus=1,
+... )  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llamacrab.llama import Llama
+
+if TYPE_CHECKING:
+    import os
+
+    from llamacrab.options import EmbedOptions
+
+
+class Embedder:
+    """A class for ``Dataset.map_batches``: each actor loads the model once.
+
+    Parameters
+    ----------
+    model : str or os.PathLike, optional
+        A GGUF file that every machine can read; by default all-MiniLM-L6-v2.
+    text : str
+        The column that holds the texts.
+    output : str
+        The column for the vectors.
+    options : EmbedOptions, optional
+        How texts become vectors.
+    **how
+        What `Llama` is made with. `n_threads` and `n_contexts` together should come to the CPUs
+        that an actor is given (``num_cpus=`` of ``map_batches``); by default they do.
+
+    Notes
+    -----
+    The module imports nothing of Ray: Ray calls it. On GPUs pass ``num_gpus=1`` to ``map_batches``.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | None = None,
+        *,
+        text: str = "text",
+        output: str = "embedding",
+        options: EmbedOptions | None = None,
+        **how: Any,
+    ) -> None:
+        if "n_contexts" not in how and "n_threads" not in how:
+            how["n_contexts"] = _cpus_of_actor()
+            how["n_threads"] = 1
+        self._llama = Llama(model, **how)
+        self._text = text
+        self._output = output
+        self._options = options
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Add a column of vectors to a batch."""
+        texts = [str(text) for text in batch[self._text]]
+        return {**batch, self._output: self._llama.embed_texts(texts, options=self._options)}
+
+
+def _cpus_of_actor() -> int:
+    """Return the CPUs that Ray has given to this actor: the process itself could use all."""
+    import ray  # in an actor it is there
+
+    resources = ray.get_runtime_context().get_assigned_resources()
+    return max(1, int(resources.get("CPU", 1)))
