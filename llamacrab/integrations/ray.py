@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llamacrab._extras import require
 from llamacrab.llama import Llama
 
 if TYPE_CHECKING:
@@ -71,7 +72,5 @@ class Embedder:
 
 def _cpus_of_actor() -> int:
     """Return the CPUs that Ray has given to this actor: the process itself could use all."""
-    import ray  # in an actor it is there
-
-    resources = ray.get_runtime_context().get_assigned_resources()
+    resources = require("ray", extra="ray").get_runtime_context().get_assigned_resources()
     return max(1, int(resources.get("CPU", 1)))
