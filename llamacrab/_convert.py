@@ -392,7 +392,10 @@ def _tensors(path: Path) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
         raise ConvertError(f"{path.parent} lacks {path.name}") from None
     except (OSError, safetensors.SafetensorError) as error:
         raise ConvertError(f"cannot read {path}: {error}") from None
-    for name, info in stored:
+    # Sorted, as safetensors gives them in another order each time. The file must come out the same:
+    # one process may put it in place while another, which did the same work, is loading it, and
+    # llama.cpp opens it anew for its header and for its weights.
+    for name, info in sorted(stored, key=lambda item: item[0]):
         if info["dtype"] == "BF16":  # numpy has no bfloat16: it is the upper half of a float32
             data = (np.frombuffer(info["data"], "<u2").astype("<u4") << 16).view("<f4")
         elif info["dtype"] in ("F16", "F32", "F64"):

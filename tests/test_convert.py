@@ -205,6 +205,12 @@ def test_weights_of_other_floats_and_with_a_prefix_are_read(folder, tmp_path, ki
     assert cosines(rows, golden("tiny-bert")["vectors"]).min() >= 0.9999
 
 
+def test_a_folder_gives_the_same_bytes_each_time(tmp_path):
+    """Processes that convert at once replace each other's file, also while it is being loaded."""
+    paths = [convert(FOLDER, tmp_path / f"{i}.gguf") for i in range(4)]
+    assert len({path.read_bytes() for path in paths}) == 1
+
+
 def test_an_unknown_type_is_refused(tmp_path):
     with pytest.raises(errors.ConvertError, match="outtype must be one of"):
         convert(FOLDER, tmp_path / "model.gguf", outtype="q4_0")
