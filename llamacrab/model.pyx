@@ -341,9 +341,12 @@ cdef object _contradiction_in(const c.gguf_context *header, bytes arch):
     cdef int64_t head = _number(header, arch + b".attention.key_length", 0)
     cdef int64_t n_layers = _number(header, arch + b".block_count", 0)
     if arch == b"modern-bert":
-        for name in (b"head_count", b"head_count_kv"):
-            if _number(header, arch + b".attention." + name, 1) == 0:
-                return f"{name.decode()} is 0"
+        # Unsaid, the first is 0 and the second the first. A list could hold a 0 anywhere, and no
+        # model of this family has one.
+        for name, unsaid in ((b"head_count", 0), (b"head_count_kv", 1)):
+            name = arch + b".attention." + name
+            if _number(header, name, 0 if c.gguf_find_key(header, name) >= 0 else unsaid) == 0:
+                return f"{name.decode()} is 0 or no number"
     if head == 0 and n_heads > 0:
         head = n_embd // n_heads
     if n_rot != -1 and head > 0 and not (0 < n_rot <= head and n_rot % 2 == 0):

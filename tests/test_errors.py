@@ -88,6 +88,7 @@ assert refused > 100, refused
         ("tiny-gemma-embedding", PATTERN.format("gemma-embedding"), (1, UINT32), "of 6 layers"),
         ("tiny-modernbert", PATTERN.format("modern-bert"), (1, UINT32), "of 4 layers"),
         ("tiny-modernbert", "modern-bert.attention.head_count", (0, UINT32), "head_count is 0"),
+        ("tiny-modernbert", "modern-bert.attention.head_count", (0, FLOAT32), "head_count is 0"),
         # From here on it is llama.cpp that says it.
         ("tiny-nomic-moe", "nomic-bert-moe.expert_used_count", (5, UINT32), "n_expert_used_max"),
         ("tiny-gemma-embedding", "gemma-embedding.dense_2_feat_in", (1, UINT32), "dense_2_feat_in"),
@@ -121,6 +122,13 @@ def test_what_a_file_lacks_is_named(tmp_path, missing):
     path = rewrite_gguf(gguf_path("tiny-bert"), tmp_path / "model.gguf", drop=(missing,))
     with pytest.raises(errors.ModelCorruptError, match=missing.replace(".", r"\.")):
         Model(path)
+
+
+def test_a_modern_bert_without_a_number_of_heads_is_corrupt(tmp_path):
+    key, path = "modern-bert.attention.head_count", tmp_path / "model.gguf"
+    rewrite_gguf(gguf_path("tiny-modernbert"), path, drop=(key,))
+    with pytest.raises(errors.ModelCorruptError, match="head_count is 0 or no number"):
+        Llama(path)
 
 
 def test_an_unknown_architecture_is_unsupported(tmp_path):
