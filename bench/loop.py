@@ -18,6 +18,7 @@ from alternate import compare, seconds
 from workload import WORKLOADS
 
 from llamacrab import Llama, fetch_default_model, tuning
+from llamacrab._core import build_info
 from llamacrab._fetch import cache_dir
 
 HERE = Path(__file__).resolve().parent
@@ -42,8 +43,14 @@ class Loop:
 
 
 def build(folder: Path) -> Path:
-    """Compile loop.cpp against the llama.cpp that llamacrab was built with last."""
-    builds = sorted((cache_dir() / "builds").iterdir(), key=lambda path: path.stat().st_mtime)
+    """Compile loop.cpp against a llama.cpp that was built as llamacrab's own was."""
+    said = f'OPTIONS "{build_info()["options"]}"'
+    builds = [
+        path
+        for path in (cache_dir() / "builds").iterdir()
+        if said in (path / "llamacrab_llama_build.h").read_text(encoding="utf-8")
+    ]
+    builds.sort(key=lambda path: path.stat().st_mtime)
     program = folder / "loop"
     archives = [builds[-1] / f"lib{name}.a" for name in ("llama", "ggml", "ggml-cpu", "ggml-base")]
     command = ["c++", "-O3", "-std=c++17", "-I", builds[-1] / "include", HERE / "loop.cpp"]
