@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tempfile
@@ -10,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llamacrab._fetch import sha256_of
 from llamacrab.errors import CorpusError
 
 NAME = "manifest.json"
@@ -95,21 +95,12 @@ class Manifest:
         """Forget shards whose files are missing or changed, and all after the first of them."""
         for k, shard in enumerate(self.shards):
             path = folder / shard.name
-            if not path.is_file() or digest(path) != shard.sha256:
+            if not path.is_file() or sha256_of(path) != shard.sha256:
                 dropped = self.shards[k:]
                 self.shards = self.shards[:k]
                 self.complete = False
                 return [shard.name for shard in dropped]
         return []
-
-
-def digest(path: Path) -> str:
-    """Return the sha256 of a file."""
-    sha256 = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            sha256.update(piece)
-    return sha256.hexdigest()
 
 
 def write_whole(path: Path, data: bytes) -> None:

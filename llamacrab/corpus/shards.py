@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llamacrab._extras import require
-from llamacrab.corpus.manifest import Shard, digest, sync_folder
+from llamacrab._fetch import sha256_of
+from llamacrab.corpus.manifest import Shard, sync_folder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -91,7 +92,7 @@ def write(
         lines = (json.dumps(reject, ensure_ascii=False) + "\n" for reject in rejects)
         listed.write_text("".join(lines), encoding="utf-8")
         _settle(listed, folder / rejects_of(name))
-    checksum = digest(partial)
+    checksum = sha256_of(partial)
     _settle(partial, whole)
     sync_folder(folder)
     return Shard(name, first, n_read, len(vectors), checksum)
