@@ -10,6 +10,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import safetensors.numpy
 
 DATA = Path(__file__).resolve().parent / "data"
 TEXTS = [
@@ -125,3 +126,17 @@ def rewrite_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return destination
+
+
+def edit(folder: Path, name: str, **changes: object) -> None:
+    """Change values of a JSON file of a model's folder."""
+    path = folder / name
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes))
+
+
+def edit_tensors(folder: Path, change) -> None:
+    """Have `change` alter the weights of a model's folder, a dict of arrays."""
+    path = folder / "model.safetensors"
+    tensors = {name: tensor.copy() for name, tensor in safetensors.numpy.load_file(path).items()}
+    change(tensors)
+    safetensors.numpy.save_file(tensors, path)

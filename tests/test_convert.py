@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import safetensors.numpy
-from helpers import DATA, TEXTS, cosines, gguf_path, golden
+from helpers import DATA, TEXTS, cosines, edit, edit_tensors, gguf_path, golden
 
 from llamacrab import Llama, PoolingType, convert, errors
 
@@ -80,18 +80,6 @@ def test_weights_stored_as_bfloat16_are_read(folder, tmp_path):
     path.write_bytes(len(head).to_bytes(8, "little") + head + data)
     rows = vectors(convert(folder, tmp_path / "model.gguf", outtype="f32"))
     assert cosines(rows, golden("tiny-bert")["vectors"]).min() >= 0.999
-
-
-def edit(folder, name, **changes):
-    path = folder / name
-    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes))
-
-
-def edit_tensors(folder, change):
-    path = folder / "model.safetensors"
-    tensors = {name: tensor.copy() for name, tensor in safetensors.numpy.load_file(path).items()}
-    change(tensors)
-    safetensors.numpy.save_file(tensors, path)
 
 
 def add_module(folder, kind):

@@ -9,13 +9,14 @@ import warnings
 import gguf
 import numpy as np
 import pytest
-import safetensors.numpy
 from helpers import (
     DATA,
     PAIRS,
     TEXTS,
     check_python,
     cosines,
+    edit,
+    edit_tensors,
     gguf_path,
     golden,
     ragged,
@@ -51,18 +52,6 @@ def cross(path):
 def folder(tmp_path):
     """A copy of the folder, to change."""
     return shutil.copytree(FOLDER, tmp_path / "hf")
-
-
-def edit(folder, name, **changes):
-    path = folder / name
-    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes))
-
-
-def edit_tensors(folder, change):
-    path = folder / "model.safetensors"
-    tensors = {name: tensor.copy() for name, tensor in safetensors.numpy.load_file(path).items()}
-    change(tensors)
-    safetensors.numpy.save_file(tensors, path)
 
 
 @pytest.mark.parametrize(("want", "most"), [("table_scores", EXACT), ("scores", GELU)])
