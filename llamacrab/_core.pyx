@@ -67,4 +67,5 @@ include "system.pyx"
 
 c.log_install(_log_sink)
 native.asserts_install()
+native.kernels_install()
 c.llama_backend_init()

@@ -69,6 +69,7 @@ def show_versions() -> None:
         f"{_core.default_n_threads()} usable",
         "llama.cpp": f"{info['version']} (commit {info['commit']}, from {info['source']})",
         "backends": ", ".join(["CPU", *backends]),
+        "kernels": _core.kernels() or "none: built with the system's libllama",
         "GGML_NATIVE": options.get("GGML_NATIVE", "unknown"),
         "build options": info["options"] or "unknown",
         "CPU compiled": _core.system_info(),

@@ -101,6 +101,8 @@ cdef class Context:
             raise ContextError(f"flash_attn must be True, False or 'auto', not {flash_attn!r}")
 
         cdef c.llama_context_params params = c.llama_context_default_params()
+        if flash_attn in ("auto", None) and model.cpu_backend != "ggml":
+            flash_attn = True  # llama.cpp's own choice distrusts attention on another device
         cdef int pooling_value = pooling, flash_value = _FLASH_ATTN[flash_attn]
         params.n_ctx = max(n_ctx, n_ubatch)
         params.n_batch = n_batch

@@ -100,6 +100,10 @@ class Llama:
         Flash attention.
     use_mmap, use_mlock : bool
         Map the file instead of reading it; keep it from being swapped out.
+    cpu_backend : {"auto", "llamacrab", "ggml", "int8"}
+        What computes on the CPU: llamacrab's own kernels, llama.cpp's, or the former with products
+        in 8 bits; "auto": what the environment variable ``LLAMACRAB_CPU_BACKEND`` says, else the
+        faster of the first two. See docs/kernels.md.
     queue_tokens : int
         Tokens that may wait before a call that brings more must; 0: 32 packs a context.
     deterministic : bool
@@ -138,6 +142,7 @@ class Llama:
         flash_attn: bool | str = "auto",
         use_mmap: bool = True,
         use_mlock: bool = False,
+        cpu_backend: Literal["auto", "llamacrab", "ggml", "int8"] = "auto",
         queue_tokens: int = 0,
         deterministic: bool = False,
         on_pack: Callable[[dict[str, Any]], Any] | None = None,
@@ -149,6 +154,7 @@ class Llama:
             split_mode=split_mode,
             use_mmap=use_mmap,
             use_mlock=use_mlock,
+            cpu_backend=cpu_backend,
         )
         n_ctx = n_ctx or min(self.model.n_ctx_train, N_CTX_DEFAULT_MAX)
         self._on_gpu = n_gpu_layers != 0 and tuning.has_gpu()

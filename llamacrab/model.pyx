@@ -49,6 +49,10 @@ cdef class Model:
         Keep the weights from being swapped out.
     check_tensors : bool
         Look for NaN and infinity in the weights while loading.
+    cpu_backend : str
+        What computes on the CPU: ``"ggml"``, llama.cpp's own code; ``"llamacrab"``, the kernels of
+        `llamacrab/kernels`; ``"int8"``, the same with products in 8 bits; ``"auto"``, what the
+        environment variable ``LLAMACRAB_CPU_BACKEND`` says, else the faster of the first two.
 
     Raises
     ------
@@ -61,12 +65,16 @@ cdef class Model:
     cdef readonly str path
     cdef dict _metadata
     cdef frozenset _head_tensors
+    cdef readonly str cpu_backend  #: "ggml", "llamacrab" or "int8"
 
     def __init__(self, path, *, int n_gpu_layers=-1, int main_gpu=0, split_mode=SplitMode.LAYER,
-                 bint use_mmap=True, bint use_mlock=False, bint check_tensors=False):
+                 bint use_mmap=True, bint use_mlock=False, bint check_tensors=False,
+                 cpu_backend="auto"):
         self.path = os.fspath(path)
         sync_log_level()
-        self._head_tensors = _read_header(self.path)
+        self._head_tensors, arch = _read_header(self.path)
+        self.cpu_backend = _choose_backend(cpu_backend, arch, n_gpu_layers)
+        cdef native.cpu_backend backend = _backend_value(self.cpu_backend)
         cdef c.llama_model_params params = c.llama_model_default_params()
         cdef int mode = SplitMode(split_mode)
         params.n_gpu_layers = n_gpu_layers
@@ -85,7 +93,7 @@ cdef class Model:
         c.log_take_errors()
         try:
             with nogil:
-                handle.ptr = native.load_model(chars, params)
+                handle.ptr = native.load_model(chars, params, backend)
         except MemoryError:
             raise AllocationError(f"not enough memory to load {self.path}") from None
         PyErr_CheckSignals()  # loading may have taken long
@@ -257,8 +265,8 @@ cdef str _meta_string(_ModelHandle handle, int32_t i, bint value):
     return (<bytes>text).decode("utf-8", "replace")
 
 
-cdef frozenset _read_header(str path):
-    """Return the names of the tensors that shape how a model may be used.
+cdef tuple _read_header(str path):
+    """Return the names of the tensors that shape how a model may be used, and its architecture.
 
     llama.h does not tell whether a model has a rank head or a table of positions, and both decide
     what must be refused before llama.cpp asserts or returns something else.
@@ -277,6 +285,7 @@ cdef frozenset _read_header(str path):
     cdef bytes name = os.fsencode(path)
     cdef const char *chars = name
     cdef c.gguf_context *header
+    cdef int64_t key
     c.log_take_errors()
     with nogil:
         header = c.gguf_init_from_file(chars, params)
@@ -289,9 +298,46 @@ cdef frozenset _read_header(str path):
             c.gguf_get_tensor_name(header, i).decode("utf-8", "replace")
             for i in range(c.gguf_get_n_tensors(header))
         }
+        key = c.gguf_find_key(header, b"general.architecture")
+        arch = ""
+        if key >= 0 and c.gguf_get_kv_type(header, key) == c.GGUF_TYPE_STRING:
+            arch = c.gguf_get_val_str(header, key).decode("utf-8", "replace")
     finally:
         c.gguf_free(header)
-    return frozenset(names & {"cls.weight", "cls.output.weight", "position_embd.weight"})
+    return frozenset(names & {"cls.weight", "cls.output.weight", "position_embd.weight"}), arch
+
+
+# Encoders that the kernels were measured to be faster for.
+_KERNEL_ARCHS = frozenset({
+    "bert", "nomic-bert", "nomic-bert-moe", "jina-bert-v2", "jina-bert-v3", "modern-bert", "neo-bert",
+    "eurobert",
+})
+
+
+cdef str _choose_backend(wanted, str arch, int n_gpu_layers):
+    """Return what a model computes with: "ggml", "llamacrab" or "int8"."""
+    if wanted == "auto":
+        wanted = os.environ.get("LLAMACRAB_CPU_BACKEND") or "auto"
+    if wanted == "auto":
+        on_gpu = n_gpu_layers != 0 and any(d["type"] in ("GPU", "IGPU") for d in devices())
+        use = native.kernels_worthwhile() and arch in _KERNEL_ARCHS and not on_gpu
+        return "llamacrab" if use else "ggml"
+    if wanted not in ("ggml", "llamacrab", "int8"):
+        raise ModelError(
+            f"cpu_backend must be 'auto', 'llamacrab', 'int8' or 'ggml', not {wanted!r}"
+        )
+    if wanted != "ggml" and native.kernels_name() == NULL:
+        raise ModelError(
+            f"cpu_backend={wanted!r} needs llamacrab's own kernels, which a build with the system's "
+            "libllama does not have"
+        )
+    return wanted
+
+
+cdef native.cpu_backend _backend_value(str name):
+    if name == "llamacrab":
+        return native.cpu_backend.llamacrab
+    return native.cpu_backend.int8 if name == "int8" else native.cpu_backend.ggml
 
 
 cdef object _fault_in(const c.gguf_context *header):

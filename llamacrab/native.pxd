@@ -28,9 +28,21 @@ cdef extern from "native/crew.hpp" namespace "llamacrab" nogil:
         crew(size_t n_helpers) except +
 
 
+cdef extern from "kernels/kernels.hpp" namespace "llamacrab" nogil:
+    enum class cpu_backend:
+        ggml
+        llamacrab
+        int8
+
+    const char *kernels_name()
+    cbool kernels_worthwhile()
+    void kernels_install() except +
+
+
 cdef extern from "native/asserts.hpp" namespace "llamacrab" nogil:
     void asserts_install()
-    llama_model *load_model(const char *path, llama_model_params params) except +
+    llama_model *load_model(
+        const char *path, llama_model_params params, cpu_backend backend) except +
     llama_context *make_context(llama_model *model, llama_context_params params) except +
 
 

@@ -24,6 +24,12 @@ def system_info():
     return c.llama_print_system_info().decode("utf-8", "replace").strip(" |")
 
 
+def kernels():
+    """Return the name of the kernel set in use, such as "avx512_bf16"; None where there is none."""
+    cdef const char *name = native.kernels_name()
+    return None if name == NULL else name.decode()
+
+
 def devices():
     """Return the devices that llama.cpp can use: a list of dicts.
 

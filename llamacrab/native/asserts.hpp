@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "../kernels/kernels.hpp"
 #include "llama.h"
 
 namespace llamacrab {
@@ -37,8 +38,9 @@ class throwing_asserts {
     ~throwing_asserts() { asserts_throw() = before; }
 };
 
-inline llama_model * load_model(const char * path, llama_model_params params) {
+inline llama_model * load_model(const char * path, llama_model_params params, cpu_backend backend) {
     const throwing_asserts scope;
+    const loading_for      kernels(backend);
     return llama_model_load_from_file(path, params);
 }
 

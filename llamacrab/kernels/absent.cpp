@@ -1,0 +1,14 @@
+// What stands in for the kernels where they cannot be: a system's libllama comes without the internal
+// headers that a ggml backend is written against.
+#include "kernels.hpp"
+
+namespace llamacrab {
+
+const char * kernels_name() { return nullptr; }
+bool kernels_worthwhile() { return false; }
+bool kernels_have_int8() { return false; }
+void kernels_install() {}
+loading_for::loading_for(cpu_backend) : before(0) {}
+loading_for::~loading_for() { (void) before; }
+
+}  // namespace llamacrab

@@ -1,0 +1,16 @@
+// What the parts of the backend share.
+#pragma once
+
+#include "ggml-backend-impl.h"
+#include "weights.hpp"
+
+namespace llamacrab {
+
+// Whether a tensor lies in one of our buffers of weights, and how.
+bool is_ours(const ggml_tensor * weight);
+packing packing_in_place(const ggml_tensor * weight);
+
+// Whether this backend computes a node; see graph.cpp.
+bool can_compute(const ggml_tensor * node);
+
+}  // namespace llamacrab

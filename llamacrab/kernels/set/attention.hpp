@@ -1,0 +1,293 @@
+// Attention of the queries of a segment over the keys they see, for one head: the scores are a product
+// with packed keys, the result one with packed values, both by the micro-kernels of gemm.hpp.
+#pragma once
+
+#include "gemm.hpp"
+
+namespace {
+
+using llamacrab::attention_args;
+using llamacrab::segment;
+
+LC_INLINE int padded(int n) { return (n + panel_width - 1) / panel_width * panel_width; }
+LC_INLINE size_t lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+static size_t attention_scratch(int d_k, int d_v, int n_keys) {
+    const size_t keys = padded(n_keys);
+    return lines(keys * (d_k + 1) * 4) + lines(keys * padded(d_v) * 4) + lines(tile * keys * 4) * 2 +
+           lines(tile * panel_width * 4) + 64 * 16;
+}
+
+LC_INLINE vf load_f16(const uint16_t * p) {
+#if defined(__AVX512F__)
+    return (vf) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p));
+#elif defined(__F16C__)
+    return (vf) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) p));
+#else
+    vf r;
+    for (int i = 0; i < width; i++) {
+        r[i] = from_f16(p[i]);
+    }
+    return r;
+#endif
+}
+
+#if defined(__AVX512BF16__)
+// Columns of a 16 x 16 matrix of 32-bit values become its rows.
+LC_INLINE void transpose16(__m512i r[16]) {
+    __m512i t[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+        t[2 * i]     = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        r[4 * i]     = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        t[i]      = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+        t[i + 4]  = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8]  = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        r[i]      = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        r[i + 8]  = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+        r[i + 4]  = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+}
+
+struct bf16_data {
+    typedef uint16_t type;
+
+    static inline __attribute__((always_inline)) void pack_keys(const attention_args & a, const uint16_t * k, int n,
+                                                                uint16_t * out) {
+        const int pairs = a.d_k / 2;
+        for (int key = 0; key < padded(n); key += 16) {
+            uint16_t * panel = out + (size_t) (key / panel_width) * pairs * panel_width * 2 + key % panel_width * 2;
+            for (int pair = 0; pair < pairs; pair += 16) {
+                const int       some = pairs - pair < 16 ? pairs - pair : 16;
+                const __mmask16 mask = (__mmask16) ((1u << some) - 1);
+                __m512i         r[16];
+#pragma GCC unroll 16
+                for (int i = 0; i < 16; i++) {
+                    r[i] = key + i < n ? _mm512_maskz_loadu_epi32(mask, k + (key + i) * a.k_row + pair * 2)
+                                       : _mm512_setzero_si512();
+                }
+                transpose16(r);
+#pragma GCC unroll 16
+                for (int i = 0; i < 16; i++) {
+                    if (i < some) {
+                        _mm512_storeu_si512(panel + (size_t) (pair + i) * panel_width * 2, r[i]);
+                    }
+                }
+            }
+        }
+    }
+
+    static inline __attribute__((always_inline)) void pack_values(const attention_args & a, const uint16_t * v, int n,
+                                                                  uint16_t * out) {
+        const int keys = padded(n);
+        for (int d = 0; d < padded(a.d_v); d += 16) {
+            const int       some  = a.d_v - d < 16 ? (a.d_v - d < 0 ? 0 : a.d_v - d) : 16;
+            const __mmask16 mask  = (__mmask16) ((1u << some) - 1);
+            uint16_t *      panel = out + (size_t) (d / panel_width) * keys * panel_width + d % panel_width * 2;
+            for (int key = 0; key < keys; key += 2) {
+                __m512i low = _mm512_setzero_si512(), high = low;
+                if (key < n) {
+                    low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, v + key * a.v_row + d));
+                }
+                if (key + 1 < n) {
+                    high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, v + (key + 1) * a.v_row + d));
+                }
+                _mm512_storeu_si512(panel + (size_t) key * panel_width,
+                                    _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+            }
+        }
+    }
+
+    template <int NT>
+    static inline __attribute__((always_inline)) void product(const uint16_t * w, const uint16_t * x, size_t ldx, int k,
+                                                              float * out, size_t ldo) {
+        product_bf16<NT>(w, x, ldx, k, out, ldo);
+    }
+
+    static inline __attribute__((always_inline)) void keep(uint16_t * p, vf v) { store_bf16(p, v); }
+};
+#endif
+
+struct f32_data {
+    typedef float type;
+
+    static inline __attribute__((always_inline)) void pack_keys(const attention_args & a, const float * k, int n,
+                                                                float * out) {
+        for (int key = 0; key < padded(n); key++) {
+            float * panel = out + (size_t) (key / panel_width) * a.d_k * panel_width + key % panel_width;
+            for (int d = 0; d < a.d_k; d++) {
+                panel[(size_t) d * panel_width] = key < n ? k[key * a.k_row + d] : 0.f;
+            }
+        }
+    }
+
+    static inline __attribute__((always_inline)) void pack_values(const attention_args & a, const float * v, int n,
+                                                                  float * out) {
+        const int keys = padded(n);
+        std::memset(out, 0, (size_t) padded(a.d_v) * keys * sizeof(float));
+        for (int d = 0; d < a.d_v; d += panel_width) {
+            const int some = a.d_v - d < panel_width ? a.d_v - d : panel_width;
+            for (int key = 0; key < n; key++) {
+                std::memcpy(out + (size_t) d * keys + (size_t) key * panel_width, v + key * a.v_row + d,
+                            some * sizeof(float));
+            }
+        }
+    }
+
+    template <int NT>
+    static inline __attribute__((always_inline)) void product(const float * w, const float * x, size_t ldx, int k,
+                                                              float * out, size_t ldo) {
+        product_f32<NT>(w, x, ldx, k, out, ldo);
+    }
+
+    static inline __attribute__((always_inline)) void keep(float * p, vf v) { store(p, v); }
+};
+
+// Turns a row of scores into weights that are not yet divided by their sum. Returns what to multiply the
+// result by: 1 / sum, or 0 where nothing is seen.
+template <class data>
+LC_INLINE float soften(const attention_args & a, const segment & s, int row, float * scores, typename data::type * out) {
+    const int n = s.key1 - s.key0, end = padded(n);
+    float     scale = a.scale;
+    for (int i = n; i < end; i++) {
+        scores[i] = -__builtin_inff();
+    }
+    if (a.softcap != 0) {
+        for (int i = 0; i < end; i += width) {
+            store(scores + i, tanhv(load(scores + i) * (scale / a.softcap)) * a.softcap);
+        }
+        scale = 1;
+        for (int i = n; i < end; i++) {
+            scores[i] = -__builtin_inff();
+        }
+    }
+    if (!s.clean) {
+        const uint16_t * mask = a.mask + row * a.mask_row + s.key0;
+        int              i    = 0;
+        for (; i + width <= n; i += width) {
+            store(scores + i, load(scores + i) * scale + load_f16(mask + i) * a.slope);
+        }
+        for (; i < n; i++) {
+            scores[i] = scores[i] * scale + from_f16(mask[i]) * a.slope;
+        }
+        scale = 1;
+    }
+    vf most = splat(-__builtin_inff());
+    for (int i = 0; i < end; i += width) {
+        most = vmax(most, load(scores + i));
+    }
+    const float top = greatest(most);
+    if (top == -__builtin_inff()) {
+        for (int i = 0; i < end; i += width) {
+            data::keep(out + i, vf{});
+        }
+        return 0;
+    }
+    const float times = scale * log2e, shift = top * times;
+    vf          total = {};
+    for (int i = 0; i < end; i += width) {
+        const vf p = exp2v(load(scores + i) * times - shift);
+        total += p;
+        data::keep(out + i, p);
+    }
+    return 1.f / sum(total);
+}
+
+template <class data, int NT>
+LC_INLINE void attend(const attention_args & a, const segment & s, int head, int row,
+                      const typename data::type * keys, const typename data::type * values, float * scores,
+                      typename data::type * weights, float * result) {
+    typedef typename data::type type;
+    const int                   end = padded(s.key1 - s.key0);
+    const type *                q   = (const type *) a.q + row * a.q_row + head * a.q_head;
+    for (int i = 0; i < end; i += panel_width) {
+        data::template product<NT>(keys + (size_t) i * a.d_k, q, a.q_row, a.d_k, scores + i, end);
+    }
+    float times[NT];
+    for (int t = 0; t < NT; t++) {
+        times[t] = soften<data>(a, s, row + t, scores + (size_t) t * end, weights + (size_t) t * end);
+    }
+    for (int d = 0; d < a.d_v; d += panel_width) {
+        data::template product<NT>(values + (size_t) d * end, weights, end, end, result, panel_width);
+        const int n = a.d_v - d < panel_width ? a.d_v - d : panel_width;
+        for (int t = 0; t < NT; t++) {
+            const ptrdiff_t place = (row + t) * a.y_row + head * a.y_head + d;
+            float *         from  = result + t * panel_width;
+            for (int i = 0; i < panel_width; i += width) {
+                store(from + i, load(from + i) * times[t]);
+            }
+            if (a.y) {
+                std::memcpy(a.y + place, from, n * sizeof(float));
+            }
+#if defined(__AVX512BF16__)
+            if (a.y_bf16) {
+                const __m512bh  both = _mm512_cvtne2ps_pbh((__m512) load(from + 16), (__m512) load(from));
+                const __mmask32 mask = n == 32 ? ~0u : (1u << n) - 1;
+                _mm512_mask_storeu_epi16(a.y_bf16 + place, mask, (__m512i) both);
+            }
+#endif
+        }
+    }
+}
+
+template <class data> LC_INLINE void attention_in(const attention_args & a, const segment & s, int head) {
+    typedef typename data::type type;
+    const int                   n = s.key1 - s.key0, end = padded(n);
+    char *                      at     = (char *) a.scratch;
+    const auto                  take   = [&](size_t bytes) {
+        char * p = at;
+        at += lines(bytes);
+        return p;
+    };
+    type *  keys    = (type *) take(sizeof(type) * end * a.d_k);
+    type *  values  = (type *) take(sizeof(type) * end * padded(a.d_v));
+    float * scores  = (float *) take(sizeof(float) * tile * end);
+    type *  weights = (type *) take(sizeof(type) * tile * end);
+    float * result  = (float *) take(sizeof(float) * tile * panel_width);
+    const int kv    = head / a.heads_per_kv;
+    data::pack_keys(a, (const type *) a.k + s.key0 * a.k_row + kv * a.k_head, n, keys);
+    data::pack_values(a, (const type *) a.v + s.key0 * a.v_row + kv * a.v_head, n, values);
+    int row = s.row0;
+    for (; row + tile <= s.row1; row += tile) {
+        attend<data, tile>(a, s, head, row, keys, values, scores, weights, result);
+    }
+    while (row < s.row1) {
+        const int left = s.row1 - row;
+        if (tile > 6 && left >= 6) {
+            attend<data, 6>(a, s, head, row, keys, values, scores, weights, result);
+            row += 6;
+        } else if (left >= 3) {
+            attend<data, 3>(a, s, head, row, keys, values, scores, weights, result);
+            row += 3;
+        } else {
+            attend<data, 1>(a, s, head, row, keys, values, scores, weights, result);
+            row += 1;
+        }
+    }
+}
+
+static void attention(const attention_args & a, const segment & s, int head) {
+#if defined(__AVX512BF16__)
+    if (a.kind == packing::bf16) {
+        return attention_in<bf16_data>(a, s, head);
+    }
+#endif
+    attention_in<f32_data>(a, s, head);
+}
+
+}  // namespace

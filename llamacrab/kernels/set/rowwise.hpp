@@ -1,0 +1,212 @@
+// What is done to one row after another: norms, conversions, gates.
+#pragma once
+
+#include "gemm.hpp"
+
+namespace {
+
+using llamacrab::norm_args;
+
+// A row's values divided by a scale and shifted by 128, so that they are uint8 for VNNI.
+LC_INLINE void quantize_row(const float * x, int n, uint8_t * y, float * scale) {
+    vf  most = {}, zero = {};  // zero times NaN is NaN, which a maximum may lose
+    int i    = 0;
+    for (; i + width <= n; i += width) {
+        const vf v = load(x + i);
+        most       = vmax(most, vabs(v));
+        zero += v * 0.f;
+    }
+    float top = greatest(most), not_finite = sum(zero);
+    for (; i < n; i++) {
+        const float v = __builtin_fabsf(x[i]);
+        top           = v > top ? v : top;
+        not_finite += v * 0.f;
+    }
+    top += not_finite;
+    *scale            = top / 127.f;
+    const float times = top > 0 ? 127.f / top : 0.f;
+    i                 = 0;
+#if defined(__AVX512F__)
+    for (; i + width <= n; i += width) {
+        const __m512i v = _mm512_cvtps_epi32((__m512) (load(x + i) * times));
+        _mm_storeu_si128((__m128i *) (y + i), _mm512_cvtepi32_epi8(_mm512_add_epi32(v, _mm512_set1_epi32(128))));
+    }
+#endif
+    for (; i < n; i++) {
+        y[i] = (uint8_t) (__builtin_lrintf(x[i] * times) + 128);
+    }
+    while (i % 4) {
+        y[i++] = 128;  // zero, for the padding of k
+    }
+}
+
+static void norm(const norm_args & a, int row0, int row1) {
+    constexpr int most = 8192;  // wider rows are refused by the planner
+    alignas(64) float t[most];
+    for (int row = row0; row < row1; row++) {
+        const float * x = a.x + row * a.ldx;
+        const float * r = a.residual ? a.residual + row * a.ldr : nullptr;
+        const int     n = a.n, whole = n / width * width, rest = n - whole;
+        // The sum and its mean; a part of a vector at the end is padded with zeros.
+        vf s = {};
+        for (int i = 0; i < whole; i += width) {
+            vf v = load(x + i);
+            if (r) {
+                v += load(r + i);
+            }
+            store(t + i, v);
+            s += v;
+        }
+        if (rest) {
+            vf v = load_part(x + whole, rest);
+            if (r) {
+                v += load_part(r + whole, rest);
+            }
+            store(t + whole, v);
+            s += v;
+        }
+        float mean = 0, times = 1;
+        if (a.norm) {
+            mean  = a.rms ? 0.f : sum(s) / n;
+            vf sq = {};
+            for (int i = 0; i < whole; i += width) {
+                const vf v = load(t + i) - mean;
+                sq += v * v;
+            }
+            float total = sum(sq);
+            for (int i = whole; i < n; i++) {
+                total += (t[i] - mean) * (t[i] - mean);
+            }
+            times = 1.f / __builtin_sqrtf(total / n + a.eps);
+        }
+        float *    y = a.y ? a.y + row * a.ldy : nullptr;
+        uint16_t * b = a.y_bf16 ? a.y_bf16 + row * a.ldy : nullptr;
+        int        i = 0;
+        for (; i < whole; i += width) {
+            vf v = load(t + i);
+            if (a.norm) {
+                v = (v - mean) * times;
+            }
+            if (a.weight) {
+                v = v * load(a.weight + i);
+            }
+            if (a.bias) {
+                v = v + load(a.bias + i);
+            }
+            if (y) {
+                store(y + i, v);
+            }
+#if defined(__AVX512BF16__)
+            if (b) {
+                store_bf16(b + i, v);
+            }
+#endif
+            if (a.y_int8) {
+                store(t + i, v);
+            }
+        }
+        for (; i < n; i++) {
+            float v = t[i];
+            if (a.norm) {
+                v = (v - mean) * times;
+            }
+            if (a.weight) {
+                v *= a.weight[i];
+            }
+            if (a.bias) {
+                v += a.bias[i];
+            }
+            t[i] = v;
+            if (y) {
+                y[i] = v;
+            }
+            if (b) {
+                b[i] = round_bf16(v);
+            }
+        }
+        if (a.y_int8) {
+            quantize_row(t, n, a.y_int8 + row * a.ldq, a.y_scale + row);
+        }
+    }
+}
+
+static void to_bf16(const float * x, uint16_t * y, int64_t n) {
+    int64_t i = 0;
+#if defined(__AVX512BF16__)
+    for (; i + width <= n; i += width) {
+        store_bf16(y + i, load(x + i));
+    }
+#endif
+    for (; i < n; i++) {
+        y[i] = round_bf16(x[i]);
+    }
+}
+
+static void to_f32(const uint16_t * x, float * y, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        y[i] = from_bf16(x[i]);
+    }
+}
+
+static void add(const float * a, const float * b, float * y, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        y[i] = a[i] + b[i];
+    }
+}
+
+static void mul(const float * a, const float * b, float * y, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        y[i] = a[i] * b[i];
+    }
+}
+
+template <activation ACT>
+LC_INLINE void gate_with(const float * a, const float * b, float * y, uint16_t * y_bf16, int64_t n) {
+    int64_t i = 0;
+    for (; i + width <= n; i += width) {
+        vf v = activate(ACT, load(a + i));
+        if (b) {
+            v = v * load(b + i);
+        }
+        if (y) {
+            store(y + i, v);
+        }
+#if defined(__AVX512BF16__)
+        if (y_bf16) {
+            store_bf16(y_bf16 + i, v);
+        }
+#endif
+    }
+    const int rest = (int) (n - i);
+    if (rest) {
+        vf v = activate(ACT, load_part(a + i, rest));
+        if (b) {
+            v = v * load_part(b + i, rest);
+        }
+        for (int j = 0; j < rest; j++) {
+            if (y) {
+                y[i + j] = v[j];
+            }
+            if (y_bf16) {
+                y_bf16[i + j] = round_bf16(v[j]);
+            }
+        }
+    }
+}
+
+static void gate(activation act, const float * a, const float * b, float * y, uint16_t * y_bf16, int64_t n) {
+    switch (act) {
+        case activation::none: return gate_with<activation::none>(a, b, y, y_bf16, n);
+        case activation::gelu: return gate_with<activation::gelu>(a, b, y, y_bf16, n);
+        case activation::gelu_erf: return gate_with<activation::gelu_erf>(a, b, y, y_bf16, n);
+        case activation::gelu_quick: return gate_with<activation::gelu_quick>(a, b, y, y_bf16, n);
+        case activation::silu: return gate_with<activation::silu>(a, b, y, y_bf16, n);
+        case activation::relu: return gate_with<activation::relu>(a, b, y, y_bf16, n);
+        case activation::tanh: return gate_with<activation::tanh>(a, b, y, y_bf16, n);
+        case activation::sigmoid: return gate_with<activation::sigmoid>(a, b, y, y_bf16, n);
+    }
+}
+
+static void unary(activation act, const float * x, float * y, int64_t n) { gate(act, x, nullptr, y, nullptr, n); }
+
+}  // namespace

@@ -1,0 +1,201 @@
+// Vectors of the width that this translation unit is compiled for. Everything is always inlined and in
+// an unnamed namespace: a function with AVX-512 in it must never be what another unit links to.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#    include <immintrin.h>
+#endif
+
+#define LC_INLINE static inline __attribute__((always_inline))
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int width = 16;
+#elif defined(__AVX2__)
+constexpr int width = 8;
+#else
+constexpr int width = 4;
+#endif
+
+typedef float   vf __attribute__((vector_size(4 * width)));
+typedef int32_t vi __attribute__((vector_size(4 * width)));
+
+LC_INLINE vf load(const float * p) {
+    vf r;
+    std::memcpy(&r, p, sizeof r);
+    return r;
+}
+
+LC_INLINE void store(float * p, vf v) { std::memcpy(p, &v, sizeof v); }
+
+LC_INLINE vf splat(float x) { return vf{} + x; }
+
+// Of two numbers; where `b` is NaN, NaN.
+LC_INLINE vf vmax(vf a, vf b) {
+#if defined(__AVX512F__)
+    return (vf) _mm512_max_ps((__m512) a, (__m512) b);
+#elif defined(__AVX2__)
+    return (vf) _mm256_max_ps((__m256) a, (__m256) b);
+#else
+    return a > b ? a : b;
+#endif
+}
+
+LC_INLINE vf vmin(vf a, vf b) {
+#if defined(__AVX512F__)
+    return (vf) _mm512_min_ps((__m512) a, (__m512) b);
+#elif defined(__AVX2__)
+    return (vf) _mm256_min_ps((__m256) a, (__m256) b);
+#else
+    return a < b ? a : b;
+#endif
+}
+
+LC_INLINE vf vabs(vf a) { return (vf) ((vi) a & 0x7fffffff); }
+
+LC_INLINE float sum(vf v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512) v);
+#else
+    float s = 0;
+    for (int i = 0; i < width; i++) {
+        s += v[i];
+    }
+    return s;
+#endif
+}
+
+LC_INLINE float greatest(vf v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512) v);
+#else
+    float s = v[0];
+    for (int i = 1; i < width; i++) {
+        s = s > v[i] ? s : v[i];
+    }
+    return s;
+#endif
+}
+
+// The first n of a vector from memory, zeros behind.
+LC_INLINE vf load_part(const float * p, int n) {
+    vf r = {};
+    std::memcpy(&r, p, n * sizeof(float));
+    return r;
+}
+
+// exp2 with an error of 2e-7: split into a whole and a fraction, and the whole put into the exponent.
+LC_INLINE vf exp2v(vf x) {
+    x             = vmin(splat(127.f), vmax(splat(-126.f), x));
+    const vf big  = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to a whole number
+    const vf t    = x + big;
+    const vf f    = x - (t - big);
+    vf       p    = splat(1.8775767e-3f);
+    p             = p * f + 8.9893397e-3f;
+    p             = p * f + 5.5826318e-2f;
+    p             = p * f + 2.4015361e-1f;
+    p             = p * f + 6.9315308e-1f;
+    p             = p * f + 1.f;
+    return (vf) ((vi) p + ((vi) t << 23));
+}
+
+constexpr float log2e = 1.44269504f;
+
+LC_INLINE vf inverse(vf x) {
+#if defined(__AVX512F__)
+    const __m512 r = _mm512_rcp14_ps((__m512) x);
+    const __m512 e = _mm512_fnmadd_ps((__m512) x, r, _mm512_set1_ps(2.f));
+    // Where the estimate is 0 (x infinite) the correction would be infinity times 0.
+    return (vf) _mm512_mask_mul_ps(r, _mm512_cmp_ps_mask(r, _mm512_setzero_ps(), _CMP_NEQ_UQ), r, e);
+#else
+    return 1.f / x;
+#endif
+}
+
+LC_INLINE vf sigmoidv(vf x) { return inverse(1.f + exp2v(x * -log2e)); }
+
+// BERT's GELU in llama.cpp: the approximation by tanh, as x times a sigmoid.
+LC_INLINE vf geluv(vf x) {
+    const float c = 2 * 0.79788456f;
+    return x * sigmoidv(x * (x * x * (c * 0.044715f) + c));
+}
+
+// erf by Abramowitz and Stegun 7.1.26; its error, 1.5e-7, is that of float.
+LC_INLINE vf gelu_erfv(vf x) {
+    const vf z = vabs(x) * 0.70710678f;
+    const vf t = inverse(1.f + z * 0.3275911f);
+    vf       p = splat(1.061405429f);
+    p          = p * t - 1.453152027f;
+    p          = p * t + 1.421413741f;
+    p          = p * t - 0.284496736f;
+    p          = p * t + 0.254829592f;
+    const vf tail = p * t * exp2v(z * z * -log2e) * 0.5f;  // the probability beyond |x|
+    return x * (x > 0.f ? 1.f - tail : tail);
+}
+
+LC_INLINE vf tanhv(vf x) { return 2.f * sigmoidv(2.f * x) - 1.f; }
+
+#if defined(__AVX512BF16__)
+LC_INLINE void store_bf16(uint16_t * p, vf v) {
+    const __m256bh r = _mm512_cvtneps_pbh((__m512) v);
+    std::memcpy(p, &r, sizeof r);
+}
+
+LC_INLINE vf load_bf16(const uint16_t * p) {
+    return (vf) _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *) p)), 16);
+}
+#endif
+
+// Two floats of a pair of bf16 in 32 bits: the first is the low half.
+LC_INLINE vf low_bf16(vi pairs) { return (vf) (pairs << 16); }
+LC_INLINE vf high_bf16(vi pairs) { return (vf) (pairs & (int32_t) 0xffff0000u); }
+
+LC_INLINE vi load_i(const void * p) {
+    vi r;
+    std::memcpy(&r, p, sizeof r);
+    return r;
+}
+
+LC_INLINE uint16_t round_bf16(float x) {
+    uint32_t u;
+    std::memcpy(&u, &x, sizeof u);
+    if ((u & 0x7fffffff) > 0x7f800000) {
+        return (uint16_t) ((u >> 16) | 64);  // NaN stays NaN
+    }
+    return (uint16_t) ((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+
+LC_INLINE float from_bf16(uint16_t x) {
+    const uint32_t u = (uint32_t) x << 16;
+    float          f;
+    std::memcpy(&f, &u, sizeof f);
+    return f;
+}
+
+LC_INLINE float from_f16(uint16_t h) {
+#if defined(__F16C__)
+    return _cvtsh_ss(h);
+#else
+    const uint32_t sign = (uint32_t) (h & 0x8000) << 16;
+    const uint32_t rest = h & 0x7fff;
+    uint32_t       bits;
+    float          f;
+    if (rest >= 0x7c00) {
+        bits = sign | 0x7f800000 | (rest & 0x3ff) << 13;
+    } else if (rest >= 0x400) {
+        bits = sign | ((rest << 13) + (112u << 23));
+    } else {
+        f = (float) rest * 5.9604645e-8f;  // subnormal: a multiple of 2^-24
+        std::memcpy(&bits, &f, sizeof bits);
+        bits |= sign;
+    }
+    std::memcpy(&f, &bits, sizeof f);
+    return f;
+#endif
+}
+
+}  // namespace

@@ -1,0 +1,61 @@
+// The choice of a kernel set.
+#include "sets.hpp"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace llamacrab {
+
+#if !defined(LLAMACRAB_X86_SETS)
+const kernel_set * set_avx2() { return nullptr; }
+const kernel_set * set_avx512_bf16() { return nullptr; }
+#endif
+
+static bool runs_avx2() {
+#if defined(LLAMACRAB_X86_SETS)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#else
+    return false;
+#endif
+}
+
+static bool runs_avx512_bf16() {
+#if defined(LLAMACRAB_X86_SETS)
+    return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+#else
+    return false;
+#endif
+}
+
+static const kernel_set & choose() {
+    const struct {
+        const char * name;
+        bool         runs;
+        const kernel_set * (*set)();
+    } known[] = {
+        { "avx512_bf16", runs_avx512_bf16(), set_avx512_bf16 },
+        { "avx2", runs_avx2(), set_avx2 },
+        { "plain", true, set_plain },
+    };
+    const char * wanted = std::getenv("LLAMACRAB_KERNELS");
+    for (const auto & one : known) {
+        if (wanted && std::strcmp(wanted, one.name) == 0 && one.runs) {
+            return *one.set();
+        }
+    }
+    for (const auto & one : known) {
+        if (one.runs) {
+            return *one.set();
+        }
+    }
+    return *set_plain();
+}
+
+const kernel_set & kernels() {
+    static const kernel_set & chosen = choose();
+    return chosen;
+}
+
+}  // namespace llamacrab

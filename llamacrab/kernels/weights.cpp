@@ -1,0 +1,143 @@
+#include "weights.hpp"
+
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+#include <vector>
+
+namespace llamacrab {
+
+static size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
+
+static size_t panels(const ggml_tensor * w) { return round_up(w->ne[1], panel_width) / panel_width; }
+
+packing packing_of(const ggml_tensor * w, bool int8) {
+    if (w->ne[1] < 2 || w->ne[2] != 1 || w->ne[3] != 1 || !ggml_is_contiguous(w)) {
+        return packing::raw;
+    }
+    switch (w->type) {
+        case GGML_TYPE_F32:
+            // Small ones, such as a head of scores, lose more than they cost.
+            return int8 && w->ne[0] >= 64 && w->ne[1] >= 64 ? packing::int8 : packing::f32;
+        case GGML_TYPE_F16:
+        case GGML_TYPE_BF16:
+        case GGML_TYPE_Q8_0: return int8 && w->ne[1] >= 64 ? packing::int8 : packing::bf16;
+        default: return packing::raw;
+    }
+}
+
+static size_t matrix_bytes(const ggml_tensor * w, packing kind) {
+    switch (kind) {
+        case packing::f32: return panels(w) * panel_width * w->ne[0] * 4;
+        case packing::bf16: return panels(w) * panel_width * round_up(w->ne[0], 2) * 2;
+        case packing::int8: return panels(w) * panel_width * round_up(w->ne[0], 4);
+        default: return ggml_nbytes(w);
+    }
+}
+
+size_t packed_bytes(const ggml_tensor * w, packing kind) {
+    const size_t columns = kind == packing::int8 ? 2 * panels(w) * panel_width * sizeof(float) : 0;
+    return matrix_bytes(w, kind) + columns;
+}
+
+const float * int8_scales(const ggml_tensor * w, const void * data) {
+    return (const float *) ((const char *) data + matrix_bytes(w, packing::int8));
+}
+
+const float * int8_sums(const ggml_tensor * w, const void * data) {
+    return int8_scales(w, data) + panels(w) * panel_width;
+}
+
+static void to_floats(const ggml_tensor * w, const char * row, float * out) {
+    if (w->type == GGML_TYPE_F32) {
+        std::memcpy(out, row, w->ne[0] * sizeof(float));
+    } else {
+        ggml_get_type_traits(w->type)->to_float(row, out, w->ne[0]);
+    }
+}
+
+static void pack_int8(const ggml_tensor * w, const float * row, int64_t column, void * to) {
+    const int64_t k    = w->ne[0];
+    const size_t  high = round_up(k, 4);
+    float         top  = 0;
+    for (int64_t i = 0; i < k; i++) {
+        const float v = std::fabs(row[i]);
+        if (!std::isfinite(v)) {
+            throw std::runtime_error(std::string("a weight of ") + w->name + " is not finite");
+        }
+        top = std::max(top, v);
+    }
+    const float times = top > 0 ? 127 / top : 0, scale = top / 127;
+    int8_t *    panel = (int8_t *) to + column / panel_width * panel_width * high + column % panel_width * 4;
+    int64_t     total = 0;
+    for (int64_t i = 0; i < k; i++) {
+        const int q = (int) std::lrint(row[i] * times);
+        total += q;
+        panel[i / 4 * 4 * panel_width + i % 4] = (int8_t) q;
+    }
+    const_cast<float *>(int8_scales(w, to))[column] = scale;
+    const_cast<float *>(int8_sums(w, to))[column]   = 128 * scale * total;
+}
+
+void pack_rows(const ggml_tensor * w, packing kind, const void * from, int64_t row0, int64_t row1, void * to) {
+    const int64_t      k    = w->ne[0];
+    const size_t       row_bytes = ggml_row_size(w->type, k);
+    std::vector<float> row(k);
+    if (row0 == 0) {
+        std::memset(to, 0, packed_bytes(w, kind));  // what pads k and the last panel
+    }
+    for (int64_t m = row0; m < row1; m++) {
+        const char * source = (const char *) from + (m - row0) * row_bytes;
+        const size_t panel = m / panel_width, place = m % panel_width;
+        if (kind == packing::bf16 && w->type == GGML_TYPE_BF16) {
+            const auto * bits = (const uint16_t *) source;
+            uint16_t *   out  = (uint16_t *) to + panel * panel_width * round_up(k, 2) + place * 2;
+            for (int64_t i = 0; i < k; i++) {
+                out[i / 2 * 2 * panel_width + i % 2] = bits[i];
+            }
+            continue;
+        }
+        to_floats(w, source, row.data());
+        if (kind == packing::f32) {
+            float * out = (float *) to + panel * panel_width * k + place;
+            for (int64_t i = 0; i < k; i++) {
+                out[i * panel_width] = row[i];
+            }
+        } else if (kind == packing::bf16) {
+            uint16_t * out = (uint16_t *) to + panel * panel_width * round_up(k, 2) + place * 2;
+            for (int64_t i = 0; i < k; i++) {
+                out[i / 2 * 2 * panel_width + i % 2] = ggml_fp32_to_bf16(row[i]).bits;
+            }
+        } else {
+            pack_int8(w, row.data(), m, to);
+        }
+    }
+}
+
+void unpack_rows(const ggml_tensor * w, packing kind, const void * from, int64_t row0, int64_t row1, void * to) {
+    const int64_t      k         = w->ne[0];
+    const size_t       row_bytes = ggml_row_size(w->type, k);
+    std::vector<float> row(k);
+    for (int64_t m = row0; m < row1; m++) {
+        const size_t panel = m / panel_width, place = m % panel_width;
+        for (int64_t i = 0; i < k; i++) {
+            if (kind == packing::f32) {
+                row[i] = ((const float *) from)[panel * panel_width * k + i * panel_width + place];
+            } else if (kind == packing::bf16) {
+                const size_t at = panel * panel_width * round_up(k, 2) + i / 2 * 2 * panel_width + place * 2 + i % 2;
+                row[i]          = ggml_bf16_to_fp32({ ((const uint16_t *) from)[at] });
+            } else {
+                const size_t at = panel * panel_width * round_up(k, 4) + i / 4 * 4 * panel_width + place * 4 + i % 4;
+                row[i]          = ((const int8_t *) from)[at] * int8_scales(w, from)[m];
+            }
+        }
+        char * out = (char *) to + (m - row0) * row_bytes;
+        if (w->type == GGML_TYPE_F32) {
+            std::memcpy(out, row.data(), row_bytes);
+        } else {
+            ggml_get_type_traits(w->type)->from_float_ref(row.data(), out, k);
+        }
+    }
+}
+
+}  // namespace llamacrab
