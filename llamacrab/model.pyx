@@ -78,6 +78,9 @@ cdef class Model:
         cdef c.llama_model_params params = c.llama_model_default_params()
         cdef int mode = SplitMode(split_mode)
         params.n_gpu_layers = n_gpu_layers
+        if self.cpu_backend != "ggml" and not _has_gpu():
+            # "All layers", without a GPU, makes llama.cpp put each norm on ggml's CPU code.
+            params.n_gpu_layers = 0
         params.main_gpu = main_gpu
         params.split_mode = <c.llama_split_mode>mode
         params.load_mode = (
@@ -319,7 +322,7 @@ cdef str _choose_backend(wanted, str arch, int n_gpu_layers):
     if wanted == "auto":
         wanted = os.environ.get("LLAMACRAB_CPU_BACKEND") or "auto"
     if wanted == "auto":
-        on_gpu = n_gpu_layers != 0 and any(d["type"] in ("GPU", "IGPU") for d in devices())
+        on_gpu = n_gpu_layers != 0 and _has_gpu()
         use = native.kernels_worthwhile() and arch in _KERNEL_ARCHS and not on_gpu
         return "llamacrab" if use else "ggml"
     if wanted not in ("ggml", "llamacrab", "int8"):
@@ -332,6 +335,10 @@ cdef str _choose_backend(wanted, str arch, int n_gpu_layers):
             "libllama does not have"
         )
     return wanted
+
+
+cdef bint _has_gpu():
+    return any(device["type"] in ("GPU", "IGPU") for device in devices())
 
 
 cdef native.cpu_backend _backend_value(str name):
