@@ -9,12 +9,14 @@ namespace {
 using llamacrab::attention_args;
 using llamacrab::segment;
 
+// Keys are padded to whole panels for the scores, and to pairs for the result.
+LC_INLINE int even(int n) { return (n + 1) / 2 * 2; }
 LC_INLINE int padded(int n) { return (n + panel_width - 1) / panel_width * panel_width; }
 LC_INLINE size_t lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 static size_t attention_scratch(int d_k, int d_v, int n_keys) {
     const size_t keys = padded(n_keys);
-    return lines(keys * (d_k + 1) * 4) + lines(keys * padded(d_v) * 4) + lines(tile * keys * 4) * 2 +
+    return lines(keys * (d_k + 1) * 4) + lines(keys * padded(d_v) * 4) + lines(tile * (keys + panel_width) * 4) * 2 +
            lines(tile * panel_width * 4) + 64 * 16;
 }
 
@@ -94,7 +96,7 @@ struct bf16_data {
 
     static inline __attribute__((always_inline)) void pack_values(const attention_args & a, const uint16_t * v, int n,
                                                                   uint16_t * out) {
-        const int keys = padded(n);
+        const int keys = even(n);
         for (int d = 0; d < padded(a.d_v); d += 16) {
             const int       some  = a.d_v - d < 16 ? (a.d_v - d < 0 ? 0 : a.d_v - d) : 16;
             const __mmask16 mask  = (__mmask16) ((1u << some) - 1);
@@ -119,6 +121,19 @@ struct bf16_data {
         product_bf16<NT>(w, x, ldx, k, out, ldo);
     }
 
+    // Scores of up to 32 keys.
+    template <int NT>
+    static inline __attribute__((always_inline)) void scores(const uint16_t * w, const uint16_t * x, size_t ldx, int k,
+                                                             float * out, size_t ldo, int n) {
+        if (n > 16) {
+            product_bf16<NT>(w, x, ldx, k, out, ldo);
+        } else {
+            product_bf16<NT, false>(w, x, ldx, k, out, ldo);
+        }
+    }
+
+    static constexpr exactness exact = exactness::half;
+
     static inline __attribute__((always_inline)) void keep(uint16_t * p, vf v) { store_bf16(p, v); }
 };
 #endif
@@ -138,7 +153,7 @@ struct f32_data {
 
     static inline __attribute__((always_inline)) void pack_values(const attention_args & a, const float * v, int n,
                                                                   float * out) {
-        const int keys = padded(n);
+        const int keys = even(n);
         std::memset(out, 0, (size_t) padded(a.d_v) * keys * sizeof(float));
         for (int d = 0; d < a.d_v; d += panel_width) {
             const int some = a.d_v - d < panel_width ? a.d_v - d : panel_width;
@@ -155,89 +170,142 @@ struct f32_data {
         product_f32<NT>(w, x, ldx, k, out, ldo);
     }
 
+    template <int NT>
+    static inline __attribute__((always_inline)) void scores(const float * w, const float * x, size_t ldx, int k,
+                                                             float * out, size_t ldo, int) {
+        product_f32<NT>(w, x, ldx, k, out, ldo);
+    }
+
+    static constexpr exactness exact = exactness::full;
+
     static inline __attribute__((always_inline)) void keep(float * p, vf v) { store(p, v); }
 };
 
-// Turns a row of scores into weights that are not yet divided by their sum. Returns what to multiply the
-// result by: 1 / sum, or 0 where nothing is seen.
-template <class data>
-LC_INLINE float soften(const attention_args & a, const segment & s, int row, float * scores, typename data::type * out) {
-    const int n = s.key1 - s.key0, end = padded(n);
-    float     scale = a.scale;
-    for (int i = n; i < end; i++) {
-        scores[i] = -__builtin_inff();
-    }
+// Scores of one row over keys [key, key + n) as softmax wants them, in units of log2, where that is more
+// than a factor; and minus infinity for the keys that pad the last vector.
+LC_INLINE void adjust(const attention_args & a, const segment & s, int row, int key, int n, float * scores) {
+    float scale = a.scale;
     if (a.softcap != 0) {
-        for (int i = 0; i < end; i += width) {
+        for (int i = 0; i < n; i += width) {
             store(scores + i, tanhv(load(scores + i) * (scale / a.softcap)) * a.softcap);
         }
         scale = 1;
-        for (int i = n; i < end; i++) {
-            scores[i] = -__builtin_inff();
-        }
     }
-    if (!s.clean) {
-        const uint16_t * mask = a.mask + row * a.mask_row + s.key0;
-        int              i    = 0;
-        for (; i + width <= n; i += width) {
-            store(scores + i, load(scores + i) * scale + load_f16(mask + i) * a.slope);
-        }
-        for (; i < n; i++) {
-            scores[i] = scores[i] * scale + from_f16(mask[i]) * a.slope;
-        }
-        scale = 1;
+    const uint16_t * mask = a.mask + row * a.mask_row + s.key0 + key;
+    int              i    = 0;
+    for (; i + width <= n; i += width) {
+        const vf bias = s.clean ? vf{} : load_f16(mask + i) * a.slope;
+        store(scores + i, (load(scores + i) * scale + bias) * log2e);
     }
+    for (; i < n; i++) {
+        const float bias = s.clean ? 0.f : from_f16(mask[i]) * a.slope;
+        scores[i]        = (scores[i] * scale + bias) * log2e;
+    }
+}
+
+LC_INLINE void close_padding(float * scores, int n) {
+    for (; n % width; n++) {
+        scores[n] = -__builtin_inff();
+    }
+}
+
+// Softmax of one row by itself, from its scores on. Returns 1 / the sum of its weights.
+template <class data>
+LC_INLINE float soften_row(const attention_args & a, const segment & s, int row, const typename data::type * q,
+                           const typename data::type * keys, float * scores, typename data::type * out) {
+    const int  n      = s.key1 - s.key0;
+    const bool simple = s.clean && a.softcap == 0;
+    for (int i = 0; i < n; i += panel_width) {
+        data::template scores<1>(keys + (size_t) i * a.d_k, q, a.q_row, a.d_k, scores + i, panel_width, n - i);
+    }
+    if (!simple) {
+        adjust(a, s, row, 0, n, scores);
+    }
+    close_padding(scores, n);
     vf most = splat(-__builtin_inff());
-    for (int i = 0; i < end; i += width) {
+    for (int i = 0; i < n; i += width) {
         most = vmax(most, load(scores + i));
     }
-    const float top = greatest(most);
-    if (top == -__builtin_inff()) {
-        for (int i = 0; i < end; i += width) {
-            data::keep(out + i, vf{});
-        }
-        return 0;
-    }
-    const float times = scale * log2e, shift = top * times;
+    const float top   = greatest(most), times = simple ? a.scale * log2e : 1.f;
+    const bool  blind = top == -__builtin_inff();  // it sees nothing
     vf          total = {};
-    for (int i = 0; i < end; i += width) {
-        const vf p = exp2v(load(scores + i) * times - shift);
+    for (int i = 0; i < n; i += width) {
+        const vf p = blind ? vf{} : exp2v((load(scores + i) - top) * times);
         total += p;
         data::keep(out + i, p);
     }
-    return 1.f / sum(total);
+    return blind ? 0 : 1.f / sum(total);
 }
 
+// NT rows of queries. Softmax may take any number off the scores before exp, if no row's sum leaves the
+// range of float: that is the greatest score of the first 32 keys, for all rows. So the scores go through a
+// small buffer once. Rows for which that number was no measure are done again by themselves.
 template <class data, int NT>
 LC_INLINE void attend(const attention_args & a, const segment & s, int head, int row,
                       const typename data::type * keys, const typename data::type * values, float * scores,
                       typename data::type * weights, float * result) {
     typedef typename data::type type;
-    const int                   end = padded(s.key1 - s.key0);
-    const type *                q   = (const type *) a.q + row * a.q_row + head * a.q_head;
-    for (int i = 0; i < end; i += panel_width) {
-        data::template product<NT>(keys + (size_t) i * a.d_k, q, a.q_row, a.d_k, scores + i, end);
+    const int       n = s.key1 - s.key0, pairs = even(n);
+    const ptrdiff_t stride = padded(n) + panel_width;  // no power of two, which would share few lines
+    const type *    q      = (const type *) a.q + row * a.q_row + head * a.q_head;
+    const bool      simple = s.clean && a.softcap == 0;
+    const float     times  = simple ? a.scale * log2e : 1.f;
+    float           shift  = 0;
+    vf              total[NT] = {};
+    for (int key = 0; key < n; key += panel_width) {
+        const int some = n - key < panel_width ? n - key : panel_width;
+        data::template scores<NT>(keys + (size_t) key * a.d_k, q, a.q_row, a.d_k, scores, panel_width, some);
+        for (int t = 0; t < NT; t++) {
+            if (!simple) {
+                adjust(a, s, row + t, key, some, scores + t * panel_width);
+            }
+            close_padding(scores + t * panel_width, some);
+        }
+        if (key == 0) {
+            vf most = splat(-__builtin_inff());
+            for (int t = 0; t < NT; t++) {
+                for (int i = 0; i < some; i += width) {
+                    most = vmax(most, load(scores + t * panel_width + i));
+                }
+            }
+            shift = greatest(most) * times;
+            shift = shift > -1e30f ? shift : 0;
+        }
+        for (int i = 0; i < some; i += width) {
+#pragma GCC unroll 12
+            for (int t = 0; t < NT; t++) {
+                const vf p = exp2v<data::exact>(load(scores + t * panel_width + i) * times - shift);
+                total[t] += p;
+                data::keep(weights + t * stride + key + i, p);
+            }
+        }
     }
-    float times[NT];
+    float inverse_sums[NT];
+#pragma GCC unroll 12
     for (int t = 0; t < NT; t++) {
-        times[t] = soften<data>(a, s, row + t, scores + (size_t) t * end, weights + (size_t) t * end);
+        inverse_sums[t] = sum(total[t]);
+    }
+    for (int t = 0; t < NT; t++) {
+        const bool lost = inverse_sums[t] < 1e-20f || inverse_sums[t] > 1e30f;
+        inverse_sums[t] = lost ? soften_row<data>(a, s, row + t, q + t * a.q_row, keys, scores, weights + t * stride)
+                               : 1.f / inverse_sums[t];
     }
     for (int d = 0; d < a.d_v; d += panel_width) {
-        data::template product<NT>(values + (size_t) d * end, weights, end, end, result, panel_width);
-        const int n = a.d_v - d < panel_width ? a.d_v - d : panel_width;
+        data::template product<NT>(values + (size_t) d * pairs, weights, stride, pairs, result, panel_width);
+        const int some = a.d_v - d < panel_width ? a.d_v - d : panel_width;
         for (int t = 0; t < NT; t++) {
             const ptrdiff_t place = (row + t) * a.y_row + head * a.y_head + d;
             float *         from  = result + t * panel_width;
             for (int i = 0; i < panel_width; i += width) {
-                store(from + i, load(from + i) * times[t]);
+                store(from + i, load(from + i) * inverse_sums[t]);
             }
             if (a.y) {
-                std::memcpy(a.y + place, from, n * sizeof(float));
+                std::memcpy(a.y + place, from, some * sizeof(float));
             }
 #if defined(__AVX512BF16__)
             if (a.y_bf16) {
                 const __m512bh  both = _mm512_cvtne2ps_pbh((__m512) load(from + 16), (__m512) load(from));
-                const __mmask32 mask = n == 32 ? ~0u : (1u << n) - 1;
+                const __mmask32 mask = some == 32 ? ~0u : (1u << some) - 1;
                 _mm512_mask_storeu_epi16(a.y_bf16 + place, mask, (__m512i) both);
             }
 #endif
@@ -255,29 +323,39 @@ template <class data> LC_INLINE void attention_in(const attention_args & a, cons
         return p;
     };
     type *  keys    = (type *) take(sizeof(type) * end * a.d_k);
-    type *  values  = (type *) take(sizeof(type) * end * padded(a.d_v));
-    float * scores  = (float *) take(sizeof(float) * tile * end);
-    type *  weights = (type *) take(sizeof(type) * tile * end);
+    type *  values  = (type *) take(sizeof(type) * even(n) * padded(a.d_v));
+    float * scores  = (float *) take(sizeof(float) * (end > tile * panel_width ? end : tile * panel_width));
+    type *  weights = (type *) take(sizeof(type) * tile * (end + panel_width));
     float * result  = (float *) take(sizeof(float) * tile * panel_width);
     const int kv    = head / a.heads_per_kv;
     data::pack_keys(a, (const type *) a.k + s.key0 * a.k_row + kv * a.k_head, n, keys);
     data::pack_values(a, (const type *) a.v + s.key0 * a.v_row + kv * a.v_head, n, values);
-    int row = s.row0;
-    for (; row + tile <= s.row1; row += tile) {
-        attend<data, tile>(a, s, head, row, keys, values, scores, weights, result);
-    }
-    while (row < s.row1) {
-        const int left = s.row1 - row;
-        if (tile > 6 && left >= 6) {
-            attend<data, 6>(a, s, head, row, keys, values, scores, weights, result);
-            row += 6;
-        } else if (left >= 3) {
-            attend<data, 3>(a, s, head, row, keys, values, scores, weights, result);
-            row += 3;
-        } else {
-            attend<data, 1>(a, s, head, row, keys, values, scores, weights, result);
-            row += 1;
+    const auto part = [&](int row, int rows) {
+        switch (rows) {
+            case 12: return attend<data, 12>(a, s, head, row, keys, values, scores, weights, result);
+            case 8: return attend<data, 8>(a, s, head, row, keys, values, scores, weights, result);
+            case 6: return attend<data, 6>(a, s, head, row, keys, values, scores, weights, result);
+            case 4: return attend<data, 4>(a, s, head, row, keys, values, scores, weights, result);
+            case 2: return attend<data, 2>(a, s, head, row, keys, values, scores, weights, result);
+            default: return attend<data, 1>(a, s, head, row, keys, values, scores, weights, result);
         }
+    };
+    // A last tile that is not full begins among rows that are done already, which is faster than tiles of
+    // one or two rows.
+    for (int row = s.row0; row < s.row1;) {
+        const int left = s.row1 - row, all = s.row1 - s.row0;
+        int       rows = tile;
+        static constexpr int sizes[] = { 8, 6, 4, 2, 1 };
+        for (int smaller : sizes) {
+            if (smaller < tile && (smaller >= left || rows > all)) {
+                rows = smaller;
+            }
+        }
+        if (rows > left) {
+            row = s.row1 - rows;
+        }
+        part(row, rows);
+        row += rows;
     }
 }
 

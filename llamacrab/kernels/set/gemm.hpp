@@ -86,7 +86,8 @@ LC_INLINE void product_pairs(const uint16_t * w, const float * x, size_t ldx, in
 }
 
 #if defined(__AVX512BF16__)
-template <int NT>
+// With WIDE false only the first 16 columns.
+template <int NT, bool WIDE = true>
 LC_INLINE void product_bf16(const uint16_t * w, const uint16_t * x, size_t ldx, int k, float * out,
                            size_t ldo) {
     __m512 a[NT], b[NT];
@@ -103,13 +104,17 @@ LC_INLINE void product_bf16(const uint16_t * w, const uint16_t * x, size_t ldx, 
             std::memcpy(&pair, x + t * ldx + i, sizeof pair);
             const __m512bh v = (__m512bh) _mm512_set1_epi32(pair);
             a[t]             = _mm512_dpbf16_ps(a[t], w0, v);
-            b[t]             = _mm512_dpbf16_ps(b[t], w1, v);
+            if (WIDE) {
+                b[t] = _mm512_dpbf16_ps(b[t], w1, v);
+            }
         }
     }
 #pragma GCC unroll 12
     for (int t = 0; t < NT; t++) {
         _mm512_storeu_ps(out + t * ldo, a[t]);
-        _mm512_storeu_ps(out + t * ldo + 16, b[t]);
+        if (WIDE) {
+            _mm512_storeu_ps(out + t * ldo + 16, b[t]);
+        }
     }
 }
 #endif
@@ -154,12 +159,12 @@ LC_INLINE void product_int8(const int8_t * w, const uint8_t * x, size_t ldx, int
 #endif
 }
 
-LC_INLINE vf activate(activation act, vf v) {
+template <exactness E = exactness::full> LC_INLINE vf activate(activation act, vf v) {
     switch (act) {
-        case activation::gelu: return geluv(v);
+        case activation::gelu: return geluv<E>(v);
         case activation::gelu_erf: return gelu_erfv(v);
-        case activation::gelu_quick: return v * sigmoidv(v * 1.702f);
-        case activation::silu: return v * sigmoidv(v);
+        case activation::gelu_quick: return v * sigmoidv<E>(v * 1.702f);
+        case activation::silu: return v * sigmoidv<E>(v);
         case activation::relu: return vmax(vf{}, v);
         case activation::tanh: return tanhv(v);
         case activation::sigmoid: return sigmoidv(v);
@@ -168,7 +173,8 @@ LC_INLINE vf activate(activation act, vf v) {
 }
 
 // What follows a tile's sums: scales, bias, activation, and out in the types that are wanted.
-template <activation ACT> LC_INLINE void finish_tile(const linear_args & a, float * sums, int rows, int row, int column) {
+template <activation ACT, exactness E>
+LC_INLINE void finish_tile(const linear_args & a, float * sums, int rows, int row, int column) {
     const int  n      = a.m - column < panel_width ? a.m - column : panel_width;
     const bool narrow = n < panel_width;
     alignas(64) float bias[panel_width] = {};
@@ -186,7 +192,7 @@ template <activation ACT> LC_INLINE void finish_tile(const linear_args & a, floa
             } else {
                 v[j] = load(s + j * width);
             }
-            v[j] = activate(ACT, v[j] + load(bias + j * width));
+            v[j] = activate<E>(ACT, v[j] + load(bias + j * width));
         }
         if (narrow) {
             for (int j = 0; j < vectors; j++) {
@@ -216,16 +222,24 @@ template <activation ACT> LC_INLINE void finish_tile(const linear_args & a, floa
     }
 }
 
-LC_INLINE void finish(const linear_args & a, float * sums, int rows, int row, int column) {
+template <exactness E> LC_INLINE void finish_in(const linear_args & a, float * sums, int rows, int row, int column) {
     switch (a.act) {
-        case activation::none: return finish_tile<activation::none>(a, sums, rows, row, column);
-        case activation::gelu: return finish_tile<activation::gelu>(a, sums, rows, row, column);
-        case activation::gelu_erf: return finish_tile<activation::gelu_erf>(a, sums, rows, row, column);
-        case activation::gelu_quick: return finish_tile<activation::gelu_quick>(a, sums, rows, row, column);
-        case activation::silu: return finish_tile<activation::silu>(a, sums, rows, row, column);
-        case activation::relu: return finish_tile<activation::relu>(a, sums, rows, row, column);
-        case activation::tanh: return finish_tile<activation::tanh>(a, sums, rows, row, column);
-        case activation::sigmoid: return finish_tile<activation::sigmoid>(a, sums, rows, row, column);
+        case activation::none: return finish_tile<activation::none, E>(a, sums, rows, row, column);
+        case activation::gelu: return finish_tile<activation::gelu, E>(a, sums, rows, row, column);
+        case activation::gelu_erf: return finish_tile<activation::gelu_erf, E>(a, sums, rows, row, column);
+        case activation::gelu_quick: return finish_tile<activation::gelu_quick, E>(a, sums, rows, row, column);
+        case activation::silu: return finish_tile<activation::silu, E>(a, sums, rows, row, column);
+        case activation::relu: return finish_tile<activation::relu, E>(a, sums, rows, row, column);
+        case activation::tanh: return finish_tile<activation::tanh, E>(a, sums, rows, row, column);
+        case activation::sigmoid: return finish_tile<activation::sigmoid, E>(a, sums, rows, row, column);
+    }
+}
+
+LC_INLINE void finish(const linear_args & a, float * sums, int rows, int row, int column) {
+    if (a.y) {
+        finish_in<exactness::full>(a, sums, rows, row, column);
+    } else {
+        finish_in<exactness::half>(a, sums, rows, row, column);
     }
 }
 

@@ -46,43 +46,52 @@ static void norm(const norm_args & a, int row0, int row1) {
     for (int row = row0; row < row1; row++) {
         const float * x = a.x + row * a.ldx;
         const float * r = a.residual ? a.residual + row * a.ldr : nullptr;
-        const int     n = a.n, whole = n / width * width, rest = n - whole;
-        // The sum and its mean; a part of a vector at the end is padded with zeros.
-        vf s = {};
-        for (int i = 0; i < whole; i += width) {
-            vf v = load(x + i);
+        const int     n = a.n, whole = n / width * width;
+        // The sum, then the variance about the mean, each in four parts that do not wait for each other. What
+        // is left over is padded with zeros.
+        constexpr int many = 4 * width;
+        vf            s[4] = {};
+        int           i    = 0;
+        for (; i + many <= n; i += many) {
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {
+                vf v = load(x + i + j * width);
+                if (r) {
+                    v += load(r + i + j * width);
+                }
+                store(t + i + j * width, v);
+                s[j] += v;
+            }
+        }
+        for (; i < n; i += width) {
+            const int some = n - i < width ? n - i : width;
+            vf        v    = load_part(x + i, some);
             if (r) {
-                v += load(r + i);
+                v += load_part(r + i, some);
             }
             store(t + i, v);
-            s += v;
-        }
-        if (rest) {
-            vf v = load_part(x + whole, rest);
-            if (r) {
-                v += load_part(r + whole, rest);
-            }
-            store(t + whole, v);
-            s += v;
+            s[0] += v;
         }
         float mean = 0, times = 1;
         if (a.norm) {
-            mean  = a.rms ? 0.f : sum(s) / n;
-            vf sq = {};
-            for (int i = 0; i < whole; i += width) {
-                const vf v = load(t + i) - mean;
-                sq += v * v;
+            mean     = a.rms ? 0.f : sum((s[0] + s[1]) + (s[2] + s[3])) / n;
+            vf sq[4] = {};
+            for (i = 0; i + many <= n; i += many) {
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; j++) {
+                    const vf v = load(t + i + j * width) - mean;
+                    sq[j] += v * v;
+                }
             }
-            float total = sum(sq);
-            for (int i = whole; i < n; i++) {
+            float total = sum((sq[0] + sq[1]) + (sq[2] + sq[3]));
+            for (; i < n; i++) {
                 total += (t[i] - mean) * (t[i] - mean);
             }
             times = 1.f / __builtin_sqrtf(total / n + a.eps);
         }
         float *    y = a.y ? a.y + row * a.ldy : nullptr;
         uint16_t * b = a.y_bf16 ? a.y_bf16 + row * a.ldy : nullptr;
-        int        i = 0;
-        for (; i < whole; i += width) {
+        for (i = 0; i < whole; i += width) {
             vf v = load(t + i);
             if (a.norm) {
                 v = (v - mean) * times;

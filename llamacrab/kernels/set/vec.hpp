@@ -88,26 +88,50 @@ LC_INLINE vf load_part(const float * p, int n) {
     return r;
 }
 
-// exp2 with an error of 2e-7: split into a whole and a fraction, and the whole put into the exponent.
-LC_INLINE vf exp2v(vf x) {
-    x             = vmin(splat(127.f), vmax(splat(-126.f), x));
-    const vf big  = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to a whole number
-    const vf t    = x + big;
-    const vf f    = x - (t - big);
-    vf       p    = splat(1.8775767e-3f);
-    p             = p * f + 8.9893397e-3f;
-    p             = p * f + 5.5826318e-2f;
-    p             = p * f + 2.4015361e-1f;
-    p             = p * f + 6.9315308e-1f;
-    p             = p * f + 1.f;
+// How exact a function must be: to float's last bits, or to what is left of it in bf16.
+enum class exactness { full, half };
+
+// exp2: x is split into a whole and a fraction, and the whole put into the exponent. The relative error of
+// the polynomials is 8e-8 and 8e-5.
+template <exactness E = exactness::full> LC_INLINE vf exp2v(vf x) {
+    vf p;
+#if defined(__AVX512DQ__)
+    // The fraction in [0, 1); scalef takes the whole by itself, and knows infinities.
+    const vf f = (vf) _mm512_reduce_ps((__m512) x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    if (E == exactness::half) {
+        p = f * 0.078024514f + 0.226067171f;
+        p = p * f + 0.695833564f;
+        p = p * f + 0.999925196f;
+    } else {
+        p = f * 0.00187757658f + 0.00898934063f;
+        p = p * f + 0.0558263175f;
+        p = p * f + 0.240153611f;
+        p = p * f + 0.693153083f;
+        p = p * f + 0.99999994f;
+    }
+    return (vf) _mm512_scalef_ps((__m512) p, (__m512) x);
+#else
+    x            = vmin(splat(127.f), vmax(splat(-126.f), x));
+    const vf big = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to a whole number
+    const vf t   = x + big;
+    const vf f   = x - (t - big);  // in [-1/2, 1/2]
+    p            = f * 1.32764701e-3f + 9.67554096e-3f;
+    p            = p * f + 5.55071346e-2f;
+    p            = p * f + 2.40221202e-1f;
+    p            = p * f + 6.93146944e-1f;
+    p            = p * f + 1.00000012f;
     return (vf) ((vi) p + ((vi) t << 23));
+#endif
 }
 
 constexpr float log2e = 1.44269504f;
 
-LC_INLINE vf inverse(vf x) {
+template <exactness E = exactness::full> LC_INLINE vf inverse(vf x) {
 #if defined(__AVX512F__)
     const __m512 r = _mm512_rcp14_ps((__m512) x);
+    if (E == exactness::half) {
+        return (vf) r;
+    }
     const __m512 e = _mm512_fnmadd_ps((__m512) x, r, _mm512_set1_ps(2.f));
     // Where the estimate is 0 (x infinite) the correction would be infinity times 0.
     return (vf) _mm512_mask_mul_ps(r, _mm512_cmp_ps_mask(r, _mm512_setzero_ps(), _CMP_NEQ_UQ), r, e);
@@ -116,12 +140,14 @@ LC_INLINE vf inverse(vf x) {
 #endif
 }
 
-LC_INLINE vf sigmoidv(vf x) { return inverse(1.f + exp2v(x * -log2e)); }
+template <exactness E = exactness::full> LC_INLINE vf sigmoidv(vf x) {
+    return inverse<E>(1.f + exp2v<E>(x * -log2e));
+}
 
 // BERT's GELU in llama.cpp: the approximation by tanh, as x times a sigmoid.
-LC_INLINE vf geluv(vf x) {
-    const float c = 2 * 0.79788456f;
-    return x * sigmoidv(x * (x * x * (c * 0.044715f) + c));
+template <exactness E = exactness::full> LC_INLINE vf geluv(vf x) {
+    const float c = -log2e * 2 * 0.79788456f;
+    return x * inverse<E>(1.f + exp2v<E>(x * (x * x * (c * 0.044715f) + c)));
 }
 
 // erf by Abramowitz and Stegun 7.1.26; its error, 1.5e-7, is that of float.
