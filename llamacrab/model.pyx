@@ -72,8 +72,8 @@ cdef class Model:
                  cpu_backend="auto"):
         self.path = os.fspath(path)
         sync_log_level()
-        self._head_tensors, arch = _read_header(self.path)
-        self.cpu_backend = _choose_backend(cpu_backend, arch, n_gpu_layers)
+        self._head_tensors, suits = _read_header(self.path)
+        self.cpu_backend = _choose_backend(cpu_backend, suits, n_gpu_layers)
         cdef native.cpu_backend backend = _backend_value(self.cpu_backend)
         cdef c.llama_model_params params = c.llama_model_default_params()
         cdef int mode = SplitMode(split_mode)
@@ -269,7 +269,7 @@ cdef str _meta_string(_ModelHandle handle, int32_t i, bint value):
 
 
 cdef tuple _read_header(str path):
-    """Return the names of the tensors that shape how a model may be used, and its architecture.
+    """Return the names of the tensors that shape how a model may be used; and if our kernels suit it.
 
     llama.h does not tell whether a model has a rank head or a table of positions, and both decide
     what must be refused before llama.cpp asserts or returns something else.
@@ -288,7 +288,6 @@ cdef tuple _read_header(str path):
     cdef bytes name = os.fsencode(path)
     cdef const char *chars = name
     cdef c.gguf_context *header
-    cdef int64_t key
     c.log_take_errors()
     with nogil:
         header = c.gguf_init_from_file(chars, params)
@@ -301,29 +300,44 @@ cdef tuple _read_header(str path):
             c.gguf_get_tensor_name(header, i).decode("utf-8", "replace")
             for i in range(c.gguf_get_n_tensors(header))
         }
-        key = c.gguf_find_key(header, b"general.architecture")
-        arch = ""
-        if key >= 0 and c.gguf_get_kv_type(header, key) == c.GGUF_TYPE_STRING:
-            arch = c.gguf_get_val_str(header, key).decode("utf-8", "replace")
+        suits = _suits_kernels(header)
     finally:
         c.gguf_free(header)
-    return frozenset(names & {"cls.weight", "cls.output.weight", "position_embd.weight"}), arch
+    return frozenset(names & {"cls.weight", "cls.output.weight", "position_embd.weight"}), suits
 
 
-# Encoders that the kernels were measured to be faster for.
+# Encoders, whose whole graph the kernels take, or all but a few small nodes of it.
 _KERNEL_ARCHS = frozenset({
-    "bert", "nomic-bert", "nomic-bert-moe", "jina-bert-v2", "jina-bert-v3", "modern-bert", "neo-bert",
-    "eurobert",
+    b"bert", b"nomic-bert", b"nomic-bert-moe", b"jina-bert-v2", b"jina-bert-v3", b"modern-bert",
+    b"neo-bert", b"eurobert",
 })
 
 
-cdef str _choose_backend(wanted, str arch, int n_gpu_layers):
+cdef bint _suits_kernels(const c.gguf_context *header):
+    """Return whether our kernels are faster for a model, and lose nothing of its weights.
+
+    Those of f16 would be rounded to bf16; other types stay with ggml's code, and split the graph.
+    """
+    cdef int64_t i, key = c.gguf_find_key(header, b"general.architecture")
+    if key < 0 or c.gguf_get_kv_type(header, key) != c.GGUF_TYPE_STRING:
+        return False
+    if c.gguf_get_val_str(header, key) not in _KERNEL_ARCHS:
+        return False
+    for i in range(c.gguf_get_n_tensors(header)):
+        kind = c.gguf_get_tensor_type(header, i)
+        if (c.gguf_get_tensor_name(header, i).startswith(b"blk.")
+                and kind not in (c.GGML_TYPE_F32, c.GGML_TYPE_BF16, c.GGML_TYPE_Q8_0)):
+            return False
+    return True
+
+
+cdef str _choose_backend(wanted, bint suits, int n_gpu_layers):
     """Return what a model computes with: "ggml", "llamacrab" or "int8"."""
     if wanted == "auto":
         wanted = os.environ.get("LLAMACRAB_CPU_BACKEND") or "auto"
     if wanted == "auto":
         on_gpu = n_gpu_layers != 0 and _has_gpu()
-        use = native.kernels_worthwhile() and arch in _KERNEL_ARCHS and not on_gpu
+        use = suits and native.kernels_worthwhile() and not on_gpu
         return "llamacrab" if use else "ggml"
     if wanted not in ("ggml", "llamacrab", "int8"):
         raise ModelError(

@@ -39,6 +39,10 @@ cdef extern from "kernels/kernels.hpp" namespace "llamacrab" nogil:
     void kernels_install() except +
 
 
+cdef extern from "kernels/check.hpp" namespace "llamacrab" nogil:
+    double check_kernels(const string &kind, const vector[int] &numbers) except +
+
+
 cdef extern from "native/asserts.hpp" namespace "llamacrab" nogil:
     void asserts_install()
     llama_model *load_model(

@@ -30,6 +30,16 @@ def kernels():
     return None if name == NULL else name.decode()
 
 
+def _check_kernels(str kind, list numbers):
+    """Compare our kernels with ggml's on a small graph, for tests; see kernels/check.cpp."""
+    cdef string name = kind.encode()
+    cdef vector[int] values = numbers
+    cdef double off
+    with nogil:
+        off = native.check_kernels(name, values)
+    return off
+
+
 def devices():
     """Return the devices that llama.cpp can use: a list of dicts.
 

@@ -1,5 +1,6 @@
 // What stands in for the kernels where they cannot be: a system's libllama comes without the internal
 // headers that a ggml backend is written against.
+#include "check.hpp"
 #include "kernels.hpp"
 
 namespace llamacrab {
@@ -8,6 +9,7 @@ const char * kernels_name() { return nullptr; }
 bool kernels_worthwhile() { return false; }
 bool kernels_have_int8() { return false; }
 void kernels_install() {}
+double check_kernels(const std::string &, const std::vector<int> &) { return -1; }
 loading_for::loading_for(cpu_backend) : before(0) {}
 loading_for::~loading_for() { (void) before; }
 

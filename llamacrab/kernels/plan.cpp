@@ -255,7 +255,7 @@ bool planner::slot_of(const ggml_tensor * t, packing kind, source & from) {
                                       s.kind == step_kind::rope)) {
             slot = s.bf16 = new_slot(ggml_nelements(base) * 2, k.producer);
         } else if (kind == packing::int8 && rows && base->ne[0] <= widest_norm) {
-            slot = s.int8 = new_slot(ggml_nelements(base) + ggml_nrows(base) * 4 + 64, k.producer);
+            slot = s.int8 = new_slot(ggml_nelements(base) + ggml_nrows(base) * 8 + 64, k.producer);
         }
     }
     if (slot == no_slot) {
@@ -271,7 +271,7 @@ source planner::convert(const ggml_tensor * t, packing kind) {
     read_floats(t);
     const bool dense = ggml_is_contiguous(t);
     const size_t n     = ggml_nelements(t);
-    const size_t bytes = kind == packing::int8 ? n + ggml_nrows(t) * 4 + 64 : kind == packing::bf16 ? n * 2 : n * 4;
+    const size_t bytes = kind == packing::int8 ? n + ggml_nrows(t) * 8 + 64 : kind == packing::bf16 ? n * 2 : n * 4;
     step         s{};
     s.kind     = dense ? step_kind::convert : step_kind::gather;
     s.node     = s.out = t;

@@ -24,12 +24,12 @@ struct linear_args {
     const void *  w;
     packing       kind;
     const float * w_scale;  // int8: of each column
-    const float * w_sum;    // int8: 128 times the sum of each column, times its scale
+    const float * w_sum;    // int8: the sum of each column, times its scale
     int           k, m;     // columns of x, columns of y
     const void *  x;        // f32, bf16 or uint8 rows, as `x_kind`
     packing       x_kind;
     size_t        ldx;      // elements between rows of x
-    const float * x_scale;  // int8: of each row
+    const float * x_scale;  // int8: of each row a scale, and what stands for zero
     const float * bias;     // or null
     activation    act;
     float *       y;        // or null; what is null is not written
@@ -50,8 +50,8 @@ struct norm_args {
     int           n;
     float *       y;         // or null
     uint16_t *    y_bf16;    // or null
-    uint8_t *     y_int8;    // or null: value / scale + 128
-    float *       y_scale;   // of each row, with y_int8
+    uint8_t *     y_int8;    // or null: value / scale + zero
+    float *       y_scale;   // of each row its scale and its zero, with y_int8
     size_t        ldy;       // of y and y_bf16
     size_t        ldq;       // of y_int8
 };

@@ -187,8 +187,8 @@ LC_INLINE void finish_tile(const linear_args & a, float * sums, int rows, int ro
         for (int j = 0; j < vectors; j++) {
             if (a.kind == packing::int8) {
                 const vf whole = __builtin_convertvector(load_i(s + j * width), vf);
-                v[j] = (whole * load(a.w_scale + column + j * width) - load(a.w_sum + column + j * width)) *
-                       a.x_scale[row + t];
+                v[j] = (whole * load(a.w_scale + column + j * width) -
+                        load(a.w_sum + column + j * width) * a.x_scale[2 * (row + t) + 1]) * a.x_scale[2 * (row + t)];
             } else {
                 v[j] = load(s + j * width);
             }

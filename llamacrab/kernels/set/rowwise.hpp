@@ -7,36 +7,41 @@ namespace {
 
 using llamacrab::norm_args;
 
-// A row's values divided by a scale and shifted by 128, so that they are uint8 for VNNI.
+// A row as uint8 for VNNI: value = (byte - zero) * scale. The range of bytes is that of the row's values
+// and zero, so that rows with few negative values, as GELU makes them, do not waste half of it.
 LC_INLINE void quantize_row(const float * x, int n, uint8_t * y, float * scale) {
-    vf  most = {}, zero = {};  // zero times NaN is NaN, which a maximum may lose
-    int i    = 0;
+    vf  low = {}, high = {}, finite = {};  // zero times NaN is NaN, which a maximum may lose
+    int i = 0;
     for (; i + width <= n; i += width) {
         const vf v = load(x + i);
-        most       = vmax(most, vabs(v));
-        zero += v * 0.f;
+        high       = vmax(high, v);
+        low        = vmax(low, -v);
+        finite += v * 0.f;
     }
-    float top = greatest(most), not_finite = sum(zero);
+    float top = greatest(high), bottom = greatest(low), zero_sum = sum(finite);
     for (; i < n; i++) {
-        const float v = __builtin_fabsf(x[i]);
-        top           = v > top ? v : top;
-        not_finite += v * 0.f;
+        top    = x[i] > top ? x[i] : top;
+        bottom = -x[i] > bottom ? -x[i] : bottom;
+        zero_sum += x[i] * 0.f;
     }
-    top += not_finite;
-    *scale            = top / 127.f;
-    const float times = top > 0 ? 127.f / top : 0.f;
+    const float range = top + bottom + zero_sum;
+    const float times = range > 0 ? 255.f / range : 0.f;
+    const float zero  = __builtin_rintf(bottom * times);
+    scale[0]          = range / 255.f;
+    scale[1]          = zero;
     i                 = 0;
 #if defined(__AVX512F__)
     for (; i + width <= n; i += width) {
-        const __m512i v = _mm512_cvtps_epi32((__m512) (load(x + i) * times));
-        _mm_storeu_si128((__m128i *) (y + i), _mm512_cvtepi32_epi8(_mm512_add_epi32(v, _mm512_set1_epi32(128))));
+        const __m512i v = _mm512_cvtps_epi32((__m512) (load(x + i) * times + zero));
+        _mm_storeu_si128((__m128i *) (y + i), _mm512_cvtusepi32_epi8(_mm512_max_epi32(v, _mm512_setzero_si512())));
     }
 #endif
     for (; i < n; i++) {
-        y[i] = (uint8_t) (__builtin_lrintf(x[i] * times) + 128);
+        const float v = __builtin_rintf(x[i] * times + zero);
+        y[i]          = (uint8_t) (v > 255.f ? 255.f : v > 0.f ? v : 0.f);
     }
-    while (i % 4) {
-        y[i++] = 128;  // zero, for the padding of k
+    for (; i % 4; i++) {
+        y[i] = 0;  // pads k, where weights are 0
     }
 }
 
@@ -134,7 +139,7 @@ static void norm(const norm_args & a, int row0, int row1) {
             }
         }
         if (a.y_int8) {
-            quantize_row(t, n, a.y_int8 + row * a.ldq, a.y_scale + row);
+            quantize_row(t, n, a.y_int8 + row * a.ldq, a.y_scale + 2 * row);
         }
     }
 }
