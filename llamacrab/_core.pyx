@@ -37,6 +37,7 @@ from llamacrab.errors import (
     ClosedError,
     ContextError,
     DecodeError,
+    DeviceError,
     EmptyInputError,
     ForkError,
     InputError,

@@ -15,7 +15,7 @@ import numpy as np
 import llamacrab
 from llamacrab import EmbedOptions, Llama, LlamaError, PoolingType, tuning
 from llamacrab._convert import OUTTYPES, convert
-from llamacrab._core import Model
+from llamacrab._core import Model, devices
 from llamacrab.corpus import embed_corpus, shards
 from llamacrab.default_model import default_model_path, fetch_default_model, resolve
 from llamacrab.prompts import prompts_of
@@ -90,6 +90,14 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Threads; 0: all that this process may use.",
         ),
         click.option("--n-gpu-layers", type=int, default=-1, help="Layers on GPUs; -1: all."),
+        click.option(
+            "--device",
+            "devices",
+            multiple=True,
+            metavar="NAME",
+            help="Put a copy of the model on this device, and on every other that is named; "
+            "`info --devices` lists them.",
+        ),
         click.option("--truncate", is_flag=True, help="Cut texts that are too long."),
         click.option(
             "--truncate-side",
@@ -108,13 +116,14 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return merged
 
 
-def _open(model: Path | None, pooling: PoolingType, **sizes: int) -> Llama:
+def _open(model: Path | None, pooling: PoolingType, **sizes: Any) -> Llama:
     return Llama(
         model,
         pooling_type=pooling,
         n_ctx=sizes["n_ctx"],
         n_threads=sizes["threads"],
         n_gpu_layers=sizes["n_gpu_layers"],
+        devices=sizes["devices"] or None,
     )
 
 
@@ -195,7 +204,7 @@ def embed(
     model: Path | None,
     truncate: Truncate,
     field: str,
-    **sizes: int,
+    **sizes: Any,
 ) -> None:
     """Embed every line of INPUT: text, .jsonl, or - for standard input.
 
@@ -273,7 +282,7 @@ def rerank(
     model: Path | None,
     truncate: Truncate,
     field: str,
-    **sizes: int,
+    **sizes: Any,
 ) -> None:
     """Sort the lines of DOCUMENTS by how well they answer QUERY; needs a reranker as --model.
 
@@ -316,7 +325,7 @@ def search(
     model: Path | None,
     truncate: Truncate,
     field: str,
-    **sizes: int,
+    **sizes: Any,
 ) -> None:
     """Show the lines of CORPUS that mean most nearly what QUERY means, with their cosine.
 
@@ -341,8 +350,16 @@ def search(
 
 @main.command()
 @click.argument("path", metavar="[MODEL]", required=False, type=click.Path(path_type=Path))
-def info(path: Path | None) -> None:
+@click.option("--devices", "show_devices", is_flag=True, help="Show the devices of this machine.")
+def info(path: Path | None, show_devices: bool) -> None:
     """Show what a GGUF is, and how it would be used."""
+    if show_devices:
+        for device in devices():
+            memory = f"{device['memory_free'] / 2**30:.1f} of {device['memory_total'] / 2**30:.1f}"
+            click.echo(
+                f"{device['name']:10} {device['type']:6} {memory} GiB free  {device['description']}"
+            )
+        return
     with Model(resolve(path)) as model:
         rows = {
             "path": model.path,

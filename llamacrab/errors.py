@@ -49,6 +49,10 @@ class ConvertError(ModelError, ValueError):
     """A model folder cannot be converted into a GGUF."""
 
 
+class DeviceError(LlamaError, ValueError):
+    """There is no such device."""
+
+
 class ContextError(LlamaError, ValueError):
     """A context cannot be made with these sizes, or is too small for what is asked of it."""
 

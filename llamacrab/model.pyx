@@ -20,6 +20,14 @@ class SplitMode(enum.IntEnum):
     ROW = c.LLAMA_SPLIT_MODE_ROW
 
 
+cdef c.ggml_backend_dev_t _offloading_device(str name) except? NULL:
+    """Return the GPU of this name; NULL for the CPU, to which nothing is offloaded."""
+    cdef c.ggml_backend_dev_t device = find_device(name)
+    if c.ggml_backend_dev_get_type(device) == c.GGML_BACKEND_DEVICE_TYPE_CPU:
+        return NULL
+    return device
+
+
 cdef class _ModelHandle:
     """Owns a llama_model. Whoever needs the weights holds it, so they outlive `Model.close`."""
 
@@ -43,6 +51,9 @@ cdef class Model:
         The GPU that takes the whole model under ``SplitMode.NONE``.
     split_mode : SplitMode
         How several GPUs share the model.
+    device : str, optional
+        The one device that takes the whole model, by the name that ``llamacrab info --devices``
+        shows; by default all GPUs share it.
     use_mmap : bool
         Map the file instead of reading it.
     use_mlock : bool
@@ -52,6 +63,8 @@ cdef class Model:
 
     Raises
     ------
+    DeviceError
+        There is no device of this name.
     ModelNotFoundError, ModelFormatError, ModelCorruptError, UnsupportedModelError, ModelError
         See their docstrings. The message holds llama.cpp's own words.
     """
@@ -63,7 +76,7 @@ cdef class Model:
     cdef frozenset _head_tensors
 
     def __init__(self, path, *, int n_gpu_layers=-1, int main_gpu=0, split_mode=SplitMode.LAYER,
-                 bint use_mmap=True, bint use_mlock=False, bint check_tensors=False):
+                 device=None, bint use_mmap=True, bint use_mlock=False, bint check_tensors=False):
         self.path = os.fspath(path)
         sync_log_level()
         self._head_tensors = _read_header(self.path)
@@ -72,6 +85,11 @@ cdef class Model:
         params.n_gpu_layers = n_gpu_layers
         params.main_gpu = main_gpu
         params.split_mode = <c.llama_split_mode>mode
+        cdef c.ggml_backend_dev_t[2] chosen
+        if device is not None:
+            chosen[0] = _offloading_device(device)
+            chosen[1] = NULL
+            params.devices = chosen
         params.load_mode = (
             c.LLAMA_LOAD_MODE_MMAP_MLOCK if use_mmap and use_mlock else
             c.LLAMA_LOAD_MODE_MMAP if use_mmap else

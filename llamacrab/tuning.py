@@ -33,7 +33,7 @@ from llamacrab._extras import require
 from llamacrab._fetch import cache_dir
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 # Guesses, where nothing has been measured.
 PACK_TOKENS_CPU = 192
@@ -110,18 +110,27 @@ def cgroup_cpus(root: Path = Path("/sys/fs/cgroup")) -> int | None:
     return -(-int(quota) // int(period))
 
 
-def has_gpu() -> bool:
-    """Return whether llama.cpp sees a GPU."""
-    return any(device["type"] in ("GPU", "IGPU") for device in devices())
+def has_gpu(names: Sequence[str] | None = None) -> bool:
+    """Return whether llama.cpp sees a GPU, or whether these devices are any."""
+    wanted = None if names is None else {name.lower() for name in names}
+    return any(
+        device["type"] in ("GPU", "IGPU") and (wanted is None or device["name"].lower() in wanted)
+        for device in devices()
+    )
 
 
 # ------------------------------------------------------------------------------------ choosing
 
 
-def choose(known: Layout | None, *, on_gpu: bool, given: Layout) -> Layout:
-    """Return the layout to use: what was given wins, then what is known, then a guess."""
+def choose(
+    known: Layout | None, *, on_gpu: bool, given: Layout, n_replicas: int = 1
+) -> Layout:
+    """Return the layout to use: what was given wins, then what is known, then a guess.
+
+    It is that of each replica; they share the CPUs.
+    """
     known = known or Layout()
-    if given.n_contexts or given.n_threads:
+    if given.n_contexts or given.n_threads or n_replicas > 1:
         # A pack's best size was measured for other contexts: keep that, but not their number.
         known = replace(known, n_contexts=0, n_threads=0)
     return guess(
@@ -132,16 +141,17 @@ def choose(known: Layout | None, *, on_gpu: bool, given: Layout) -> Layout:
             given.pack_tokens or known.pack_tokens,
             known.flash_attn if given.flash_attn == "auto" else given.flash_attn,
         ),
+        n_replicas=n_replicas,
     )
 
 
-def guess(*, on_gpu: bool, given: Layout) -> Layout:
+def guess(*, on_gpu: bool, given: Layout, n_replicas: int = 1) -> Layout:
     """Return a layout made of what was given and, for the rest, what is usually good.
 
     On a CPU that is one thread a context: threads that share a pack wait for each other at every
     operation.
     """
-    cpus = usable_cpus()
+    cpus = max(1, usable_cpus() // n_replicas)
     n_contexts = given.n_contexts or (
         1 if on_gpu else max(1, min(N_CONTEXTS_MAX, cpus // (given.n_threads or 1)))
     )
