@@ -181,6 +181,13 @@ def _open(model: Path | None, pooling: PoolingType, **sizes: Any) -> Llama:
     show_default=True,
     help="What to do with a row that cannot be read or embedded, where --output is a folder.",
 )
+@click.option(
+    "--export",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Make this of a folder too: a .duckdb or .lancedb database, or a .usearch index.",
+)
 @click.option("--overwrite", is_flag=True, help="Begin a folder anew.")
 @click.option("--json-progress", is_flag=True, help="Print progress as lines of JSON.")
 @_model_options
@@ -199,6 +206,7 @@ def embed(
     keep: tuple[str, ...],
     keep_text: bool,
     on_error: Literal["fail", "skip"],
+    export: tuple[Path, ...],
     overwrite: bool,
     json_progress: bool,
     model: Path | None,
@@ -241,6 +249,7 @@ def embed(
                 shard_rows=shard_rows,
                 options=options,
                 on_error=on_error,
+                export=export,
                 overwrite=overwrite,
                 progress=sys.stderr.isatty() and not json_progress,
                 on_progress=(lambda state: click.echo(json.dumps(state)))
@@ -253,7 +262,8 @@ def embed(
             err=True,
         )
         if not done.complete:
-            raise click.ClickException("stopped: start the same command again to go on")
+            _complain("stopped: start the same command again to go on", 130)
+            raise click.exceptions.Exit(130)
         return
     texts = list(_read_texts(source, field))
     with _open(model, chosen, **sizes) as llama:

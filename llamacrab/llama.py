@@ -160,7 +160,7 @@ class Llama:
                 use_mmap=use_mmap,
                 use_mlock=use_mlock,
             )
-            for device in devices or [None]
+            for device in (devices or (None,))
         ]
         self.model = self._models[0]
         n_ctx = n_ctx or min(self.model.n_ctx_train, N_CTX_DEFAULT_MAX)

@@ -122,9 +122,7 @@ def has_gpu(names: Sequence[str] | None = None) -> bool:
 # ------------------------------------------------------------------------------------ choosing
 
 
-def choose(
-    known: Layout | None, *, on_gpu: bool, given: Layout, n_replicas: int = 1
-) -> Layout:
+def choose(known: Layout | None, *, on_gpu: bool, given: Layout, n_replicas: int = 1) -> Layout:
     """Return the layout to use: what was given wins, then what is known, then a guess.
 
     It is that of each replica; they share the CPUs.
