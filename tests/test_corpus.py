@@ -316,14 +316,14 @@ def test_ctrl_c_keeps_what_is_done(tiny, expected, tmp_path, monkeypatch):
 
     def interrupt(state):
         seen.append(state["rows"])
-        if len(seen) == 2:
+        if state["rows"] >= 250 and len(seen) == len(set(seen)):
             raise KeyboardInterrupt
 
     keywords = {"keep": ["id"], "shard_rows": 130, "options": OPTIONS}
     done = embed_corpus(source, folder, tiny, on_progress=interrupt, **keywords)
     assert not done.complete
-    assert done.n_rows == 260
-    assert embed_corpus(source, folder, tiny, **keywords).n_resumed == 260
+    assert 250 <= done.n_rows == seen[-1] < 700
+    assert embed_corpus(source, folder, tiny, **keywords).n_resumed == done.n_rows
     check(folder, expected)
 
 
@@ -361,16 +361,16 @@ def cli(source, folder, *more, **how):
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are sent as POSIX has them")
 def test_ctrl_c_in_a_shell_keeps_what_is_done_and_says_how_to_go_on(tiny, tmp_path):
-    rows = [{"id": str(i), "text": f"{i} {'crab ' * 60}"} for i in range(30_000)]
+    rows = [{"id": str(i), "text": f"{i} {'crab ' * 60}"} for i in range(8_000)]
     source, folder = write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "out"
     with cli(source, folder, "--json-progress") as process:
-        assert json.loads(process.stdout.readline())["total"] == 30_000
+        assert json.loads(process.stdout.readline())["total"] == 8_000
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
     assert "start the same command again to go on" in said
     n_done = len(table_of(folder))
-    assert 0 < n_done < 30_000
+    assert 0 < n_done < 8_000
     with cli(source, folder) as process:
         _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said

@@ -19,9 +19,10 @@ from llamacrab import _core, tuning
 from llamacrab._extras import require
 from llamacrab._versions import __version__
 from llamacrab.corpus import exports, shards
+from llamacrab.corpus.interrupt import Interrupt
 from llamacrab.corpus.manifest import Manifest, Shard
 from llamacrab.corpus.progress import Progress
-from llamacrab.corpus.sources import Block, Source
+from llamacrab.corpus.sources import BLOCK, Block, Source
 from llamacrab.errors import CorpusError, InputError, LlamaError, NumericalError
 from llamacrab.llama import Llama
 from llamacrab.options import EmbedOptions
@@ -259,6 +260,8 @@ class _Run:
         self._skip = skip
         self._keep_text = keep_text
         self._tokens_before = self._tokens()
+        self._interrupt = Interrupt()
+        self._began = time.monotonic()
 
     def _tokens(self) -> int:
         return sum(int(worker["tokens"]) for worker in self._llama.stats()["workers"])
@@ -270,7 +273,7 @@ class _Run:
     def go(self, told: Progress) -> None:
         """Embed what is left, and write it shard by shard."""
         pending: list[tuple[Block, np.ndarray, np.ndarray]] = []
-        with ThreadPoolExecutor(1, thread_name_prefix="llamacrab-writer") as writer:
+        with self._interrupt, ThreadPoolExecutor(1, "llamacrab-writer") as writer:
             written: Future[Shard] | None = None
 
             def write() -> None:
@@ -319,8 +322,13 @@ class _Run:
             at = 0
             while at < len(block.texts):
                 left = self._shard_rows - (block.first + at - start) % self._shard_rows
-                yield block.slice(at, min(len(block.texts), at + left))
-                at += left
+                size = min(left, self._block_rows(block.first + at - start), len(block.texts) - at)
+                yield block.slice(at, at + size)
+                at += size
+
+    def _block_rows(self, n_read: int) -> int:
+        """Return how many rows take about a second: what Ctrl-C, or a crash, costs at most."""
+        return max(64, min(BLOCK, int(n_read / (time.monotonic() - self._began + 1e-9))))
 
     def _computed(self) -> Generator[tuple[Block, np.ndarray, np.ndarray]]:
         """Yield every block with its rows, and which of them are there."""
@@ -366,7 +374,8 @@ class _Run:
         done = np.zeros(len(block.texts), dtype=bool)
         rows: np.ndarray | None = None
         try:
-            found = future.result()
+            with self._interrupt.allowed():
+                found = future.result()
         except (InputError, NumericalError):
             found = self._one_by_one(block, places)
             places = places[[i not in block.reasons for i in places]]
