@@ -16,8 +16,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 from alternate import compare, seconds
-from workload import sentences
 
+from llamacrab.bench.workloads import sentences
 from llamacrab.integrations.ray import Embedder
 
 

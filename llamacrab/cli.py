@@ -473,6 +473,89 @@ def tune_command(
         click.echo(f"{plot} drawn")
 
 
+@main.command("bench")
+@click.argument("path", metavar="[MODEL]", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    metavar="GGUF|PYTHON",
+    help="Measure in turn with this: another model, or the python of another build's environment.",
+)
+@click.option(
+    "--compare",
+    "old",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    metavar="JSON",
+    help="Compare with what an earlier run wrote.",
+)
+@click.option(
+    "--fail-under",
+    type=click.FloatRange(0, min_open=True),
+    metavar="RATIO",
+    help="Fail if a case is surely slower than that, of what it is compared with.",
+)
+@click.option("--case", "cases", multiple=True, metavar="NAME", help="Only this; may be repeated.")
+@click.option("--rounds", type=click.IntRange(2), default=5, show_default=True, help="Runs a case.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0.01),
+    default=1.0,
+    show_default=True,
+    help="How long a run takes, about.",
+)
+@click.option("--contexts", type=click.IntRange(0), default=0, help="As for `Llama`: n_contexts.")
+@click.option("--threads", "-t", type=click.IntRange(0), default=0, help="n_threads.")
+@click.option("--pack-tokens", type=click.IntRange(0), default=0, help="pack_tokens.")
+@click.option("--json", "output", type=click.Path(path_type=Path), help="Write all figures here.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw them into this file.")
+def bench_command(
+    path: Path | None,
+    against: Path | None,
+    old: Path | None,
+    fail_under: float | None,
+    cases: tuple[str, ...],
+    rounds: int,
+    seconds: float,
+    contexts: int,
+    threads: int,
+    pack_tokens: int,
+    output: Path | None,
+    plot: Path | None,
+) -> None:
+    """Measure how fast MODEL is embedded here, and whether that has got slower."""
+    from llamacrab.bench import report, run
+
+    if against is not None and old is not None:
+        raise click.UsageError("--against and --compare exclude each other")
+    if fail_under is not None and against is None and old is None:
+        raise click.UsageError("--fail-under needs something to compare with")
+    before = None if old is None else json.loads(old.read_text(encoding="utf-8"))
+    result = run.run(
+        resolve(path),
+        against=against,
+        cases=cases,
+        rounds=rounds,
+        seconds=seconds,
+        report=lambda line: click.echo(line, err=True),
+        n_contexts=contexts,
+        n_threads=threads,
+        pack_tokens=pack_tokens,
+    )
+    ratios = run.compare(result, before) if before or against else None
+    click.echo(report.table(result, ratios))
+    if output:
+        output.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    if plot:
+        report.plot(result, plot)
+    slower = [
+        f"{name}: {one.value:.3f} ({one.low:.3f} to {one.high:.3f})"
+        for name, one in (ratios or {}).items()
+        if fail_under is not None and one.is_below(fail_under)
+    ]
+    if slower:
+        raise click.ClickException(f"slower than {fail_under}: {'; '.join(slower)}")
+
+
 @main.command()
 def versions() -> None:
     """Show what a bug report needs."""
