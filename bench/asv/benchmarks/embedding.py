@@ -12,17 +12,18 @@ from pathlib import Path
 from llamacrab import Llama
 
 TINY = Path(__file__).resolve().parents[3] / "tests" / "data" / "tiny-bert.gguf"
-WORDS = (
-    "the tide comes back over flat sand while a crab waits under its stone and the old harbour light "
-    "turns slowly above boats that nobody has moved since the storm broke the longest pier"
-).split()
+TEXT = (
+    "the tide comes back over flat sand while a crab waits under its stone and the old harbour "
+    "light turns slowly above boats that nobody has moved since the storm broke the longest pier"
+)
 
 
 def texts(n: int, n_words: int, seed: int = 0) -> list[str]:
     """Return `n` distinct texts of about so many words."""
     rng = random.Random(seed)
+    words = TEXT.split()
     return [
-        " ".join([str(i), *rng.choices(WORDS, k=rng.randint(n_words // 2, n_words * 3 // 2))])
+        " ".join([str(i), *rng.choices(words, k=rng.randint(n_words // 2, n_words * 3 // 2))])
         for i in range(n)
     ]
 
