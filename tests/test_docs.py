@@ -32,7 +32,8 @@ MIGRATIONS = {
 # Pages of the site: the names in the reference are filled in when it is built.
 API_PAGES = sorted((ROOT / "docs" / "api").glob("*.md"))
 SITE = ROOT / "mkdocs.yml"
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# A title, which the site shows, may follow the language.
+BLOCK = re.compile(r"^```(\w+)(?: [^\n]*)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def blocks(page: Path, *languages: str) -> list[str]:
