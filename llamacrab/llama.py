@@ -113,6 +113,15 @@ class Llama:
         Called after every pack, on a thread of its own, with a dict of the fields that
         `recent_packs` has. If it is so slow that it falls 4096 packs behind, it misses some.
 
+    Attributes
+    ----------
+    model : Model
+        The weights, and the vocabulary as ``model.vocab``.
+    prompts : dict of str to str
+        The model's own prompts by name; empty where none are known.
+    layout : llamacrab.tuning.Layout
+        Contexts, threads and tokens a pack that are in use.
+
     Raises
     ------
     ModelError, ContextError, PoolingError, AllocationError
