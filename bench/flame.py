@@ -2,8 +2,8 @@
 
     python bench/flame.py [-o flame.svg] [--model GGUF] [--workload short|mixed|long]
 
-Needs Linux's `perf` (Debian's package `linux-perf`) and the extra `plot`. A bar's width is the share
-of samples in which its function ran, or waited for what it had called.
+Needs Linux's `perf` (Debian's package `linux-perf`) and the extra `plot`. A bar's width is the
+share of samples in which its function ran, or waited for what it had called.
 """
 
 from __future__ import annotations
