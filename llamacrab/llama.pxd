@@ -10,6 +10,7 @@ cdef extern from "llamacrab_llama_build.h" nogil:
     const char *LLAMACRAB_LLAMA_VERSION
     const char *LLAMACRAB_LLAMA_COMMIT
     const char *LLAMACRAB_LLAMA_OPTIONS
+    int LLAMACRAB_LLAMA_PLUGINS
 
 
 cdef extern from "native/log.hpp" namespace "llamacrab" nogil:
@@ -30,6 +31,7 @@ cdef extern from "ggml-backend.h" nogil:
         GGML_BACKEND_DEVICE_TYPE_IGPU
         GGML_BACKEND_DEVICE_TYPE_ACCEL
 
+    void ggml_backend_load_all_from_path(const char *dir_path)
     size_t ggml_backend_dev_count()
     ggml_backend_dev_t ggml_backend_dev_get(size_t index)
     const char *ggml_backend_dev_name(ggml_backend_dev_t device)

@@ -14,7 +14,14 @@ from llamacrab._core import Encoder, Job, Model, PoolingType, Scheduler, SplitMo
 from llamacrab._extras import require
 from llamacrab.default_model import resolve
 from llamacrab.doubts import log_doubts
-from llamacrab.errors import ClosedError, DeviceError, InputError, LlamaError, PoolingError
+from llamacrab.errors import (
+    AllocationError,
+    ClosedError,
+    DeviceError,
+    InputError,
+    LlamaError,
+    PoolingError,
+)
 from llamacrab.options import EmbedKeywords, EmbedOptions, merge
 from llamacrab.plan import Plan, Prepared
 from llamacrab.prompts import prompts_of
@@ -176,29 +183,26 @@ class Llama:
         self._on_gpu = n_gpu_layers != 0 and tuning.has_gpu(devices)
         given = tuning.Layout(n_contexts, n_threads, pack_tokens or n_ubatch, flash_attn)
         known = tuning.remembered(self.model, self._on_gpu)
-        self.layout = layout = tuning.choose(
+        self.layout = tuning.choose(
             known, on_gpu=self._on_gpu, given=given, n_replicas=len(self._models)
         )
-        n_ubatch = n_ubatch or max(n_ctx, layout.pack_tokens)
-        n_seq_max = n_seq_max or max(1, min(N_SEQ_MAX, layout.pack_tokens // 4))
-        self._scheduler = Scheduler(
-            self.model,
-            replicas=self._models[1:],
-            n_contexts=layout.n_contexts,
-            pack_tokens=layout.pack_tokens,
-            queue_tokens=queue_tokens,
-            deterministic=deterministic,
-            on_pack=on_pack,
-            # The cells of a causal model hold a pack, and what its texts share, which is no more
-            # than a text; a model with a table of positions takes no more than it has.
-            n_ctx=n_ctx + (0 if self.model.has_position_table else layout.pack_tokens),
-            n_batch=max(n_ctx, n_ubatch, n_seq_max),
-            n_ubatch=n_ubatch,
-            n_seq_max=n_seq_max,
-            n_threads=layout.n_threads,
-            pooling_type=pooling_type,
-            flash_attn=layout.flash_attn,
-        )
+        while True:
+            try:
+                self._scheduler = self._start(
+                    n_ctx,
+                    n_ubatch=n_ubatch,
+                    n_seq_max=n_seq_max,
+                    pooling_type=pooling_type,
+                    queue_tokens=queue_tokens,
+                    deterministic=deterministic,
+                    on_pack=on_pack,
+                )
+                break
+            except AllocationError:
+                # A GPU may have no room for a pack that others have room for.
+                if given.pack_tokens or self.layout.pack_tokens <= tuning.PACK_TOKENS_CPU:
+                    raise
+                self.layout = replace(self.layout, pack_tokens=self.layout.pack_tokens // 2)
         self._limit = min(n_ctx, self._scheduler.context.n_tokens_max)
         # Explicit sizes are kept; so is what has been measured before.
         may_tune = known is None and not (given.pack_tokens or deterministic or devices)
@@ -208,6 +212,27 @@ class Llama:
         log_doubts(self.model, self.pooling_type, n_ctx)
         if self.pooling_type == PoolingType.RANK:
             warn_of_wrong_scores(self.model)
+
+    def _start(self, n_ctx: int, *, n_ubatch: int, n_seq_max: int, **how: Any) -> Scheduler:
+        """Return a scheduler for texts of up to `n_ctx` tokens, and packs as `layout` has them."""
+        layout = self.layout
+        n_ubatch = n_ubatch or max(n_ctx, layout.pack_tokens)
+        n_seq_max = n_seq_max or max(1, min(N_SEQ_MAX, layout.pack_tokens // 4))
+        return Scheduler(
+            self.model,
+            replicas=self._models[1:],
+            n_contexts=layout.n_contexts,
+            pack_tokens=layout.pack_tokens,
+            # The cells of a causal model hold a pack, and what its texts share, which is no more
+            # than a text; a model with a table of positions takes no more than it has.
+            n_ctx=n_ctx + (0 if self.model.has_position_table else layout.pack_tokens),
+            n_batch=max(n_ctx, n_ubatch, n_seq_max),
+            n_ubatch=n_ubatch,
+            n_seq_max=n_seq_max,
+            n_threads=layout.n_threads,
+            flash_attn=layout.flash_attn,
+            **how,
+        )
 
     def close(self) -> None:
         """Stop all work at once and free the model; calls that are running raise `ClosedError`."""
