@@ -89,6 +89,19 @@ def test_only_what_is_slower_both_as_it_is_and_for_the_machine_is_slower():
         bench.compare(slow, {**old, "texts": "others"})
 
 
+def test_what_looks_slower_once_must_look_so_each_time():
+    low, equal = statistics.Ratio(0.8, 0.7, 0.9), statistics.Ratio(0.97, 0.9, 1.1)
+    asked = []
+
+    def again(names):
+        asked.append(names)
+        now = {"a": low, "b": equal if len(asked) == 1 else low}
+        return {name: now[name] for name in names}
+
+    assert bench.slower({"a": low, "b": low, "c": equal}, 0.95, again) == {"a": low}
+    assert asked == [["a", "b"], ["a"]]
+
+
 def test_intervals_hold_the_ratio_that_samples_were_made_with():
     rng = np.random.default_rng(7)
     held = 0

@@ -22,6 +22,8 @@ from llamacrab.tuning import usable_cpus
 VERSION = 1
 # Rows and columns of the product that tells how fast the machine is just now.
 REFERENCE = 768
+# How often what looks slower must look so again.
+CONFIRMATIONS = 2
 
 
 class BenchError(LlamaError, RuntimeError):
@@ -251,6 +253,25 @@ def compare(new: dict[str, Any], old: dict[str, Any] | None) -> dict[str, statis
         for name, case in a["cases"].items()
         if name in b["cases"]
     }
+
+
+def slower(
+    ratios: dict[str, statistics.Ratio],
+    bound: float,
+    again: Callable[[list[str]], dict[str, statistics.Ratio]],
+) -> dict[str, statistics.Ratio]:
+    """Return the cases that are surely slower than `bound`, each time that one looks.
+
+    Noise of a busy machine comes in spells, which a few rounds may all fall into. So what looks
+    slower is measured twice more, by `again`, in new processes, and must look so each time.
+    """
+    found = {name: ratio for name, ratio in ratios.items() if ratio.is_below(bound)}
+    for _ in range(CONFIRMATIONS):
+        if found:
+            found = {
+                name: ratio for name, ratio in again(list(found)).items() if ratio.is_below(bound)
+            }
+    return found
 
 
 def _relative(case: dict[str, Any]) -> np.ndarray:

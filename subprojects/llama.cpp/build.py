@@ -63,6 +63,10 @@ def cmake_options(args: argparse.Namespace) -> dict[str, str]:
         options[f"GGML_{backend.upper()}"] = "ON" if backend in args.backend else "OFF"
     if "blas" in args.backend:
         options["GGML_BLAS_VENDOR"] = "OpenBLAS"  # what meson.build links
+    if "cuda" in args.backend:
+        # Virtual memory needs the driver's library at load: without it, and so without a GPU, not
+        # even the CPU could be used.
+        options["GGML_CUDA_NO_VMM"] = "ON"
     if "metal" in args.backend:
         options["GGML_METAL_EMBED_LIBRARY"] = "ON"
     return options
