@@ -36,7 +36,9 @@ cdef c.ggml_backend_dev_t find_device(str name) except NULL:
         if its_name.lower() == name.lower():
             return device
         names.append(its_name)
-    raise DeviceError(f"there is no device {name!r}; this build and machine have {', '.join(names)}")
+    raise DeviceError(
+        f"there is no device {name!r}; this build and machine have {', '.join(names)}"
+    )
 
 
 def devices():
