@@ -135,6 +135,10 @@ class CorpusError(LlamaError, ValueError):
     """A bulk job cannot go on: its folder holds another job, or a row of its source is wrong."""
 
 
+class BenchError(LlamaError, RuntimeError):
+    """A worker of a bench failed, or results cannot be compared."""
+
+
 class QueueFull(LlamaError, RuntimeError):
     """The queue has no room, and the call was told not to wait."""
 

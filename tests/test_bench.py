@@ -12,6 +12,7 @@ from test_cli import run as cli
 
 from llamacrab.bench import report, statistics, workloads
 from llamacrab.bench import run as bench
+from llamacrab.errors import BenchError
 
 MODEL = str(gguf_path("tiny-bert"))
 QUICK = {"rounds": 3, "seconds": 0.02}
@@ -85,7 +86,7 @@ def test_only_what_is_slower_both_as_it_is_and_for_the_machine_is_slower():
     assert not bench.compare(busy, old)["short"].is_below(0.95)
     calm = faked([100, 101, 99, 100, 98], [20.0] * 5)  # only the reference is faster
     assert not bench.compare(calm, old)["short"].is_below(0.95)
-    with pytest.raises(bench.BenchError, match="for another texts"):
+    with pytest.raises(BenchError, match="for another texts"):
         bench.compare(slow, {**old, "texts": "others"})
 
 

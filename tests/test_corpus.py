@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import gzip
 import json
@@ -24,6 +25,7 @@ from helpers import TEXTS, cosines, gguf_path
 
 from llamacrab import EmbedOptions, Llama
 from llamacrab.corpus import embed_corpus
+from llamacrab.corpus.interrupt import Interrupt
 from llamacrab.errors import CorpusError, InputError
 
 OPTIONS = EmbedOptions(truncate=True)
@@ -357,6 +359,17 @@ def cli(source, folder, *more, **how):
         text=True,
         **how,
     )
+
+
+@pytest.mark.parametrize("times", [0, 1])
+def test_a_ctrl_c_that_was_held_to_the_end_is_raised_there(times):
+    done = []
+    with pytest.raises(KeyboardInterrupt) if times else contextlib.nullcontext(), Interrupt():
+        for _ in range(times):
+            signal.raise_signal(signal.SIGINT)
+        done.append("all")
+    assert done == ["all"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals are sent as POSIX has them")

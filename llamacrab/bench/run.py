@@ -16,7 +16,7 @@ import numpy as np
 
 from llamacrab._versions import cpu_features
 from llamacrab.bench import statistics, workloads
-from llamacrab.errors import InputError, LlamaError
+from llamacrab.errors import BenchError, InputError
 from llamacrab.tuning import usable_cpus
 
 VERSION = 1
@@ -24,10 +24,6 @@ VERSION = 1
 REFERENCE = 768
 # How often what looks slower must look so again.
 CONFIRMATIONS = 2
-
-
-class BenchError(LlamaError, RuntimeError):
-    """A worker process failed, or results cannot be compared."""
 
 
 class Side:
@@ -51,10 +47,9 @@ class Side:
         self.label = label
         self._look = min(0.1, seconds)
         self._process = subprocess.Popen(
+            [python, "-m", "llamacrab.bench.worker"],
             # Not from here, where a checkout of the sources could be mistaken for the package.
-            [python, "-P", "-m", "llamacrab.bench.worker"]
-            if sys.version_info >= (3, 11)
-            else [python, "-m", "llamacrab.bench.worker"],
+            env={**os.environ, "PYTHONSAFEPATH": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -237,10 +232,10 @@ def compare(new: dict[str, Any], old: dict[str, Any] | None) -> dict[str, statis
         }
     if old.get("version") != VERSION:
         raise BenchError("the old result was written by another version of llamacrab bench")
-    for what in ("texts", "machine"):
-        there, here = old[what], new[what]
-        if what == "machine":
-            there, here = there["cpu"], here["cpu"]
+    for what, there, here in (
+        ("texts", old["texts"], new["texts"]),
+        ("machine", old["machine"]["cpu"], new["machine"]["cpu"]),
+    ):
         if there != here:
             raise BenchError(f"the old result is for another {what}: {there}, not {here}")
     a, b = new["sides"][0], old["sides"][0]

@@ -113,4 +113,3 @@ _WRITERS = {
     ".lancedb": ("lancedb", _write_lancedb),
     ".usearch": ("usearch", _write_usearch),
 }
-SUFFIXES = tuple(_WRITERS)

@@ -10,7 +10,8 @@ from types import FrameType
 
 
 class Interrupt:
-    """While entered, Ctrl-C raises `KeyboardInterrupt` only inside `allowed`, or at its next entry.
+    """While entered, Ctrl-C raises `KeyboardInterrupt` only inside `allowed`, at its next entry,
+    or on leaving.
 
     An exception between any two steps of the bookkeeping would have a shard counted twice, or not
     at all. Where the signal is not Python's to handle, or not this thread's, nothing changes.
@@ -30,9 +31,11 @@ class Interrupt:
             signal.signal(signal.SIGINT, self._came)
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._mine:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self._held and kind is None:
+            raise KeyboardInterrupt
 
     def _came(self, number: int, frame: FrameType | None) -> None:
         if self._open or self._held:  # whoever asks twice means it

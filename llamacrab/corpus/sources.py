@@ -95,18 +95,14 @@ class Source:
     def blocks(self, start: int) -> Iterator[Block]:
         """Yield the rows from row `start` on."""
         first = 0
-        rows = self._read()
-        while True:
-            try:
-                texts, carried, reasons = next(rows)
-            except StopIteration:
-                return
-            except (self._pa.ArrowException, OSError, EOFError) as error:
-                raise CorpusError(f"cannot read beyond row {first}: {error}") from error
-            block = Block(first, texts, carried, reasons)
-            first += len(texts)
-            if first > start:
-                yield block.slice(max(0, start - block.first), len(texts))
+        try:
+            for texts, carried, reasons in self._read():
+                block = Block(first, texts, carried, reasons)
+                first += len(texts)
+                if first > start:
+                    yield block.slice(max(0, start - block.first), len(texts))
+        except (self._pa.ArrowException, OSError, EOFError) as error:
+            raise CorpusError(f"cannot read beyond row {first}: {error}") from error
 
     def _read(self) -> Iterator[tuple[list[str | None], Any, dict[int, str]]]:
         if self._paths is None:

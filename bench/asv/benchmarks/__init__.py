@@ -1,1 +1,1 @@
-"""llamacrab across its own commits; see docs/bench.md."""
+"""llamacrab across its own commits; see docs/benchmarks.md."""
