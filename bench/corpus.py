@@ -18,9 +18,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 from alternate import compare, seconds
-from workload import sentences
 
 from llamacrab import EmbedOptions, Llama
+from llamacrab.bench.workloads import sentences
 from llamacrab.corpus import embed_corpus
 
 TINY = Path(__file__).resolve().parents[1] / "tests" / "data" / "tiny-bert.gguf"

@@ -14,9 +14,9 @@ import argparse
 import llama_cpp
 import numpy as np
 from alternate import compare, seconds
-from workload import short
 
 from llamacrab import Llama, fetch_default_model
+from llamacrab.bench.workloads import short
 
 
 def main() -> None:

@@ -15,13 +15,14 @@ import tempfile
 from pathlib import Path
 
 from alternate import compare, seconds
-from workload import WORKLOADS
 
 from llamacrab import Llama, fetch_default_model, tuning
 from llamacrab._core import build_info
 from llamacrab._fetch import cache_dir
+from llamacrab.bench.workloads import mixed, short
 
 HERE = Path(__file__).resolve().parent
+WORKLOADS = {"short": lambda: short(4000), "mixed": lambda: mixed(1000)}
 
 
 class Loop:

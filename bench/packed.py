@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 
 from alternate import compare, seconds
-from workload import short
 
 from llamacrab import Llama
+from llamacrab.bench.workloads import short
 
 
 def main() -> None:

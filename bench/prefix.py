@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 from alternate import compare, seconds
-from workload import short
 
 from llamacrab import Llama
+from llamacrab.bench.workloads import short
 from llamacrab.rerank import PairTemplate
 
 TINY = Path(__file__).resolve().parents[1] / "tests" / "data" / "tiny-qwen3-rank.gguf"

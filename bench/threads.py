@@ -11,9 +11,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from alternate import compare, seconds
-from workload import short
 
 from llamacrab import Llama
+from llamacrab.bench.workloads import short
 
 
 class Heartbeat:

@@ -9,6 +9,7 @@
 from llamacrab._convert import convert
 from llamacrab._core import Batch, Context, Model, PoolingType, SplitMode, Vocab, VocabType
 from llamacrab._versions import __version__, show_versions
+from llamacrab.corpus import embed_corpus
 from llamacrab.default_model import fetch_default_model
 from llamacrab.errors import LlamaError
 from llamacrab.llama import Llama, TokenEmbeddings
@@ -30,6 +31,7 @@ __all__ = [
     "VocabType",
     "__version__",
     "convert",
+    "embed_corpus",
     "fetch_default_model",
     "show_versions",
 ]

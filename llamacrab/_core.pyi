@@ -79,6 +79,8 @@ class Vocab:
     def token_to_piece(self, token: int, *, special: bool = True) -> bytes: ...
     def is_control(self, token: int) -> bool: ...
 
+CPU_BACKENDS: tuple[str, ...]
+
 @disjoint_base
 class Model:
     def __init__(
@@ -88,6 +90,7 @@ class Model:
         n_gpu_layers: int = -1,
         main_gpu: int = 0,
         split_mode: SplitMode = ...,
+        device: str | None = None,
         use_mmap: bool = True,
         use_mlock: bool = False,
         check_tensors: bool = False,
@@ -236,6 +239,7 @@ class Scheduler:
         self,
         model: Model,
         *,
+        replicas: Sequence[Model] = (),
         n_contexts: int,
         pack_tokens: int,
         queue_tokens: int = 0,

@@ -37,6 +37,7 @@ from llamacrab.errors import (
     ClosedError,
     ContextError,
     DecodeError,
+    DeviceError,
     EmptyInputError,
     ForkError,
     InputError,
@@ -68,4 +69,7 @@ include "system.pyx"
 c.log_install(_log_sink)
 native.asserts_install()
 native.kernels_install()
+if c.LLAMACRAB_LLAMA_PLUGINS:
+    # Beside this file and nowhere else: left alone, ggml would look into the current folder too.
+    c.ggml_backend_load_all_from_path(os.fsencode(os.path.dirname(__file__)))
 c.llama_backend_init()

@@ -15,7 +15,7 @@ import numpy as np
 import llamacrab
 from llamacrab import EmbedOptions, Llama, LlamaError, PoolingType, tuning
 from llamacrab._convert import OUTTYPES, convert
-from llamacrab._core import Model
+from llamacrab._core import CPU_BACKENDS, Model, devices
 from llamacrab.corpus import embed_corpus, shards
 from llamacrab.default_model import default_model_path, fetch_default_model, resolve
 from llamacrab.prompts import prompts_of
@@ -61,6 +61,15 @@ def main() -> None:
     """Embedding and reranking with GGUF models."""
 
 
+_CPU_BACKEND = click.option(
+    "--cpu-backend",
+    type=click.Choice(CPU_BACKENDS),
+    default="auto",
+    show_default=True,
+    help="Kernels on the CPU: llamacrab's own, or ggml's; int8: the former with products in 8 bits.",
+)
+
+
 def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that say which model computes, and how."""
 
@@ -90,6 +99,15 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Threads; 0: all that this process may use.",
         ),
         click.option("--n-gpu-layers", type=int, default=-1, help="Layers on GPUs; -1: all."),
+        _CPU_BACKEND,
+        click.option(
+            "--device",
+            "devices",
+            multiple=True,
+            metavar="NAME",
+            help="Put a copy of the model on this device, and on every other that is named; "
+            "`info --devices` lists them.",
+        ),
         click.option("--truncate", is_flag=True, help="Cut texts that are too long."),
         click.option(
             "--truncate-side",
@@ -108,13 +126,15 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return merged
 
 
-def _open(model: Path | None, pooling: PoolingType, **sizes: int) -> Llama:
+def _open(model: Path | None, pooling: PoolingType, **sizes: Any) -> Llama:
     return Llama(
         model,
         pooling_type=pooling,
         n_ctx=sizes["n_ctx"],
         n_threads=sizes["threads"],
         n_gpu_layers=sizes["n_gpu_layers"],
+        cpu_backend=sizes["cpu_backend"],
+        devices=sizes["devices"] or None,
     )
 
 
@@ -172,6 +192,13 @@ def _open(model: Path | None, pooling: PoolingType, **sizes: int) -> Llama:
     show_default=True,
     help="What to do with a row that cannot be read or embedded, where --output is a folder.",
 )
+@click.option(
+    "--export",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Make this of a folder too: a .duckdb or .lancedb database, or a .usearch index.",
+)
 @click.option("--overwrite", is_flag=True, help="Begin a folder anew.")
 @click.option("--json-progress", is_flag=True, help="Print progress as lines of JSON.")
 @_model_options
@@ -190,12 +217,13 @@ def embed(
     keep: tuple[str, ...],
     keep_text: bool,
     on_error: Literal["fail", "skip"],
+    export: tuple[Path, ...],
     overwrite: bool,
     json_progress: bool,
     model: Path | None,
     truncate: Truncate,
     field: str,
-    **sizes: int,
+    **sizes: Any,
 ) -> None:
     """Embed every line of INPUT: text, .jsonl, or - for standard input.
 
@@ -232,6 +260,7 @@ def embed(
                 shard_rows=shard_rows,
                 options=options,
                 on_error=on_error,
+                export=export,
                 overwrite=overwrite,
                 progress=sys.stderr.isatty() and not json_progress,
                 on_progress=(lambda state: click.echo(json.dumps(state)))
@@ -244,7 +273,8 @@ def embed(
             err=True,
         )
         if not done.complete:
-            raise click.ClickException("stopped: start the same command again to go on")
+            _complain("stopped: start the same command again to go on", 130)
+            raise click.exceptions.Exit(130)
         return
     texts = list(_read_texts(source, field))
     with _open(model, chosen, **sizes) as llama:
@@ -273,7 +303,7 @@ def rerank(
     model: Path | None,
     truncate: Truncate,
     field: str,
-    **sizes: int,
+    **sizes: Any,
 ) -> None:
     """Sort the lines of DOCUMENTS by how well they answer QUERY; needs a reranker as --model.
 
@@ -316,7 +346,7 @@ def search(
     model: Path | None,
     truncate: Truncate,
     field: str,
-    **sizes: int,
+    **sizes: Any,
 ) -> None:
     """Show the lines of CORPUS that mean most nearly what QUERY means, with their cosine.
 
@@ -341,8 +371,16 @@ def search(
 
 @main.command()
 @click.argument("path", metavar="[MODEL]", required=False, type=click.Path(path_type=Path))
-def info(path: Path | None) -> None:
+@click.option("--devices", "show_devices", is_flag=True, help="Show the devices of this machine.")
+def info(path: Path | None, show_devices: bool) -> None:
     """Show what a GGUF is, and how it would be used."""
+    if show_devices:
+        for device in devices():
+            memory = f"{device['memory_free'] / 2**30:.1f} of {device['memory_total'] / 2**30:.1f}"
+            click.echo(
+                f"{device['name']:10} {device['type']:6} {memory} GiB free  {device['description']}"
+            )
+        return
     with Model(resolve(path)) as model:
         rows = {
             "path": model.path,
@@ -418,8 +456,14 @@ def convert_command(folder: Path, output: Path, outtype: str) -> None:
 )
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the table into this file.")
 @click.option("--n-gpu-layers", type=int, default=-1, help="Layers on GPUs; -1: all.")
+@_CPU_BACKEND
 def tune_command(
-    path: Path | None, length: int, seconds: float, plot: Path | None, n_gpu_layers: int
+    path: Path | None,
+    length: int,
+    seconds: float,
+    plot: Path | None,
+    n_gpu_layers: int,
+    cpu_backend: str,
 ) -> None:
     """Measure contexts, threads, flash attention and packs for MODEL, and remember the best."""
     on_gpu = n_gpu_layers != 0 and tuning.has_gpu()
@@ -432,7 +476,7 @@ def tune_command(
         )
 
     click.echo("contexts threads flash_attn pack_tokens  tokens/s")
-    with Model(resolve(path), n_gpu_layers=n_gpu_layers) as model:
+    with Model(resolve(path), n_gpu_layers=n_gpu_layers, cpu_backend=cpu_backend) as model:
         found = tuning.tune(model, on_gpu=on_gpu, n_tokens=length, seconds=seconds, report=report)
         tuning.remember(model, on_gpu, found.best)
     for (n_contexts, n_threads, flash_attn), (a, b, c) in found.fits.items():
@@ -444,6 +488,96 @@ def tune_command(
     if plot:
         tuning.plot(found, plot)
         click.echo(f"{plot} drawn")
+
+
+@main.command("bench")
+@click.argument("path", metavar="[MODEL]", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    metavar="GGUF|PYTHON",
+    help="Measure in turn with this: another model, or the python of another build's environment.",
+)
+@click.option(
+    "--compare",
+    "old",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    metavar="JSON",
+    help="Compare with what an earlier run wrote.",
+)
+@click.option(
+    "--fail-under",
+    type=click.FloatRange(0, min_open=True),
+    metavar="RATIO",
+    help="Fail if a case is surely slower than that, of what it is compared with.",
+)
+@click.option("--case", "cases", multiple=True, metavar="NAME", help="Only this; may be repeated.")
+@click.option("--rounds", type=click.IntRange(2), default=5, show_default=True, help="Runs a case.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0.01),
+    default=1.0,
+    show_default=True,
+    help="How long a run takes, about.",
+)
+@click.option("--contexts", type=click.IntRange(0), default=0, help="As for `Llama`: n_contexts.")
+@click.option("--threads", "-t", type=click.IntRange(0), default=0, help="n_threads.")
+@click.option("--pack-tokens", type=click.IntRange(0), default=0, help="pack_tokens.")
+@_CPU_BACKEND
+@click.option("--json", "output", type=click.Path(path_type=Path), help="Write all figures here.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw them into this file.")
+def bench_command(
+    path: Path | None,
+    against: Path | None,
+    old: Path | None,
+    fail_under: float | None,
+    cases: tuple[str, ...],
+    rounds: int,
+    seconds: float,
+    contexts: int,
+    threads: int,
+    pack_tokens: int,
+    cpu_backend: str,
+    output: Path | None,
+    plot: Path | None,
+) -> None:
+    """Measure how fast MODEL is embedded here, and whether that has got slower."""
+    from llamacrab.bench import report, run
+
+    if against is not None and old is not None:
+        raise click.UsageError("--against and --compare exclude each other")
+    if fail_under is not None and against is None and old is None:
+        raise click.UsageError("--fail-under needs something to compare with")
+    before = None if old is None else json.loads(old.read_text(encoding="utf-8"))
+    measure = functools.partial(
+        run.run,
+        resolve(path),
+        against=against,
+        rounds=rounds,
+        seconds=seconds,
+        report=lambda line: click.echo(line, err=True),
+        n_contexts=contexts,
+        n_threads=threads,
+        pack_tokens=pack_tokens,
+        # Not asked for, it is not said: what it is compared with may be too old to know.
+        **({} if cpu_backend == "auto" else {"cpu_backend": cpu_backend}),
+    )
+    result = measure(cases=cases)
+    ratios = run.compare(result, before) if before or against else {}
+    click.echo(report.table(result, ratios))
+    if output:
+        output.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    if plot:
+        report.plot(result, plot)
+    if fail_under is None:
+        return
+    slower = run.slower(ratios, fail_under, lambda names: run.compare(measure(cases=names), before))
+    if slower:
+        said = (
+            f"{name}: {one.value:.3f} ({one.low:.3f} to {one.high:.3f})"
+            for name, one in slower.items()
+        )
+        raise click.ClickException(f"slower than {fail_under}: {'; '.join(said)}")
 
 
 @main.command()

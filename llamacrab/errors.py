@@ -49,6 +49,10 @@ class ConvertError(ModelError, ValueError):
     """A model folder cannot be converted into a GGUF."""
 
 
+class DeviceError(LlamaError, ValueError):
+    """There is no such device."""
+
+
 class ContextError(LlamaError, ValueError):
     """A context cannot be made with these sizes, or is too small for what is asked of it."""
 
@@ -129,6 +133,10 @@ class NumericalError(LlamaError, ArithmeticError):
 
 class CorpusError(LlamaError, ValueError):
     """A bulk job cannot go on: its folder holds another job, or a row of its source is wrong."""
+
+
+class BenchError(LlamaError, RuntimeError):
+    """A worker of a bench failed, or results cannot be compared."""
 
 
 class QueueFull(LlamaError, RuntimeError):

@@ -10,6 +10,7 @@ cdef extern from "llamacrab_llama_build.h" nogil:
     const char *LLAMACRAB_LLAMA_VERSION
     const char *LLAMACRAB_LLAMA_COMMIT
     const char *LLAMACRAB_LLAMA_OPTIONS
+    int LLAMACRAB_LLAMA_PLUGINS
 
 
 cdef extern from "native/log.hpp" namespace "llamacrab" nogil:
@@ -18,6 +19,26 @@ cdef extern from "native/log.hpp" namespace "llamacrab" nogil:
     void log_set_threshold(int level)
     string log_take_errors() except +
     void log_doubts(bint passes)
+
+
+cdef extern from "ggml-backend.h" nogil:
+    ctypedef struct ggml_backend_device
+    ctypedef ggml_backend_device *ggml_backend_dev_t
+
+    enum ggml_backend_dev_type:
+        GGML_BACKEND_DEVICE_TYPE_CPU
+        GGML_BACKEND_DEVICE_TYPE_GPU
+        GGML_BACKEND_DEVICE_TYPE_IGPU
+        GGML_BACKEND_DEVICE_TYPE_ACCEL
+
+    void ggml_backend_load_all_from_path(const char *dir_path)
+    size_t ggml_backend_dev_count()
+    ggml_backend_dev_t ggml_backend_dev_get(size_t index)
+    const char *ggml_backend_dev_name(ggml_backend_dev_t device)
+    const char *ggml_backend_dev_description(ggml_backend_dev_t device)
+    void ggml_backend_dev_memory(ggml_backend_dev_t device, size_t *free, size_t *total)
+    ggml_backend_dev_type ggml_backend_dev_get_type "ggml_backend_dev_type"(
+        ggml_backend_dev_t device)
 
 
 cdef extern from "llama.h" nogil:
@@ -76,6 +97,7 @@ cdef extern from "llama.h" nogil:
         int8_t *logits
 
     ctypedef struct llama_model_params:
+        ggml_backend_dev_t *devices
         int32_t n_gpu_layers
         llama_split_mode split_mode
         llama_load_mode load_mode
@@ -177,25 +199,6 @@ cdef extern from "ggml.h" nogil:
         GGML_TYPE_F64
 
     enum: GGML_MAX_N_THREADS
-
-
-cdef extern from "ggml-backend.h" nogil:
-    ctypedef struct ggml_backend_device
-    ctypedef ggml_backend_device *ggml_backend_dev_t
-
-    enum ggml_backend_dev_type:
-        GGML_BACKEND_DEVICE_TYPE_CPU
-        GGML_BACKEND_DEVICE_TYPE_GPU
-        GGML_BACKEND_DEVICE_TYPE_IGPU
-        GGML_BACKEND_DEVICE_TYPE_ACCEL
-
-    size_t ggml_backend_dev_count()
-    ggml_backend_dev_t ggml_backend_dev_get(size_t index)
-    const char *ggml_backend_dev_name(ggml_backend_dev_t device)
-    const char *ggml_backend_dev_description(ggml_backend_dev_t device)
-    void ggml_backend_dev_memory(ggml_backend_dev_t device, size_t *free, size_t *total)
-    ggml_backend_dev_type ggml_backend_dev_get_type "ggml_backend_dev_type"(
-        ggml_backend_dev_t device)
 
 
 cdef extern from "gguf.h" nogil:

@@ -14,7 +14,14 @@ from llamacrab._core import Encoder, Job, Model, PoolingType, Scheduler, SplitMo
 from llamacrab._extras import require
 from llamacrab.default_model import resolve
 from llamacrab.doubts import log_doubts
-from llamacrab.errors import ClosedError, InputError, LlamaError, PoolingError
+from llamacrab.errors import (
+    AllocationError,
+    ClosedError,
+    DeviceError,
+    InputError,
+    LlamaError,
+    PoolingError,
+)
 from llamacrab.options import EmbedKeywords, EmbedOptions, merge
 from llamacrab.plan import Plan, Prepared
 from llamacrab.prompts import prompts_of
@@ -94,6 +101,10 @@ class Llama:
         The GPU that takes the whole model under ``SplitMode.NONE``.
     split_mode : SplitMode
         How several GPUs share the model.
+    devices : sequence of str, optional
+        Instead of one model that all GPUs share, a copy of it on each of these devices, by the
+        names that ``llamacrab info --devices`` shows, all behind the one queue. They should be
+        equally fast. `n_contexts` and `n_threads` are those of each copy.
     pooling_type : PoolingType
         How rows of tokens become the row of a text; UNSPECIFIED: what the GGUF says, else MEAN.
     flash_attn : bool or "auto"
@@ -112,6 +123,15 @@ class Llama:
     on_pack : callable, optional
         Called after every pack, on a thread of its own, with a dict of the fields that
         `recent_packs` has. If it is so slow that it falls 4096 packs behind, it misses some.
+
+    Attributes
+    ----------
+    model : Model
+        The weights, and the vocabulary as ``model.vocab``.
+    prompts : dict of str to str
+        The model's own prompts by name; empty where none are known.
+    layout : llamacrab.tuning.Layout
+        Contexts, threads and tokens a pack that are in use.
 
     Raises
     ------
@@ -138,6 +158,7 @@ class Llama:
         n_gpu_layers: int = -1,
         main_gpu: int = 0,
         split_mode: SplitMode = SplitMode.LAYER,
+        devices: Sequence[str] | None = None,
         pooling_type: PoolingType = PoolingType.UNSPECIFIED,
         flash_attn: bool | str = "auto",
         use_mmap: bool = True,
@@ -147,42 +168,50 @@ class Llama:
         deterministic: bool = False,
         on_pack: Callable[[dict[str, Any]], Any] | None = None,
     ) -> None:
-        self.model = Model(
-            resolve(path),
-            n_gpu_layers=n_gpu_layers,
-            main_gpu=main_gpu,
-            split_mode=split_mode,
-            use_mmap=use_mmap,
-            use_mlock=use_mlock,
-            cpu_backend=cpu_backend,
-        )
+        if isinstance(devices, str) or (devices is not None and not devices):
+            raise DeviceError(f"devices must be a list of names, such as ['CPU'], not {devices!r}")
+        path = resolve(path)
+        self._models = [
+            Model(
+                path,
+                n_gpu_layers=n_gpu_layers,
+                main_gpu=main_gpu,
+                split_mode=split_mode,
+                device=device,
+                use_mmap=use_mmap,
+                use_mlock=use_mlock,
+                cpu_backend=cpu_backend,
+            )
+            for device in (devices or (None,))
+        ]
+        self.model = self._models[0]
         n_ctx = n_ctx or min(self.model.n_ctx_train, N_CTX_DEFAULT_MAX)
-        self._on_gpu = n_gpu_layers != 0 and tuning.has_gpu()
+        self._on_gpu = n_gpu_layers != 0 and tuning.has_gpu(devices)
         given = tuning.Layout(n_contexts, n_threads, pack_tokens or n_ubatch, flash_attn)
         known = tuning.remembered(self.model, self._on_gpu)
-        self.layout = layout = tuning.choose(known, on_gpu=self._on_gpu, given=given)
-        n_ubatch = n_ubatch or max(n_ctx, layout.pack_tokens)
-        n_seq_max = n_seq_max or max(1, min(N_SEQ_MAX, layout.pack_tokens // 4))
-        self._scheduler = Scheduler(
-            self.model,
-            n_contexts=layout.n_contexts,
-            pack_tokens=layout.pack_tokens,
-            queue_tokens=queue_tokens,
-            deterministic=deterministic,
-            on_pack=on_pack,
-            # The cells of a causal model hold a pack, and what its texts share, which is no more
-            # than a text; a model with a table of positions takes no more than it has.
-            n_ctx=n_ctx + (0 if self.model.has_position_table else layout.pack_tokens),
-            n_batch=max(n_ctx, n_ubatch, n_seq_max),
-            n_ubatch=n_ubatch,
-            n_seq_max=n_seq_max,
-            n_threads=layout.n_threads,
-            pooling_type=pooling_type,
-            flash_attn=layout.flash_attn,
+        self.layout = tuning.choose(
+            known, on_gpu=self._on_gpu, given=given, n_replicas=len(self._models)
         )
+        while True:
+            try:
+                self._scheduler = self._start(
+                    n_ctx,
+                    n_ubatch=n_ubatch,
+                    n_seq_max=n_seq_max,
+                    pooling_type=pooling_type,
+                    queue_tokens=queue_tokens,
+                    deterministic=deterministic,
+                    on_pack=on_pack,
+                )
+                break
+            except AllocationError:
+                # A GPU may have no room for a pack that others have room for.
+                if given.pack_tokens or self.layout.pack_tokens <= tuning.PACK_TOKENS_CPU:
+                    raise
+                self.layout = replace(self.layout, pack_tokens=self.layout.pack_tokens // 2)
         self._limit = min(n_ctx, self._scheduler.context.n_tokens_max)
         # Explicit sizes are kept; so is what has been measured before.
-        may_tune = known is None and not (given.pack_tokens or deterministic)
+        may_tune = known is None and not (given.pack_tokens or deterministic or devices)
         self._calibration = tuning.Calibration(self._scheduler) if may_tune else None
         self.prompts = prompts_of(self.model.metadata)
         self._plans: dict[str, Plan] = {}
@@ -190,10 +219,32 @@ class Llama:
         if self.pooling_type == PoolingType.RANK:
             warn_of_wrong_scores(self.model)
 
+    def _start(self, n_ctx: int, *, n_ubatch: int, n_seq_max: int, **how: Any) -> Scheduler:
+        """Return a scheduler for texts of up to `n_ctx` tokens, and packs as `layout` has them."""
+        layout = self.layout
+        n_ubatch = n_ubatch or max(n_ctx, layout.pack_tokens)
+        n_seq_max = n_seq_max or max(1, min(N_SEQ_MAX, layout.pack_tokens // 4))
+        return Scheduler(
+            self.model,
+            replicas=self._models[1:],
+            n_contexts=layout.n_contexts,
+            pack_tokens=layout.pack_tokens,
+            # The cells of a causal model hold a pack, and what its texts share, which is no more
+            # than a text; a model with a table of positions takes no more than it has.
+            n_ctx=n_ctx + (0 if self.model.has_position_table else layout.pack_tokens),
+            n_batch=max(n_ctx, n_ubatch, n_seq_max),
+            n_ubatch=n_ubatch,
+            n_seq_max=n_seq_max,
+            n_threads=layout.n_threads,
+            flash_attn=layout.flash_attn,
+            **how,
+        )
+
     def close(self) -> None:
         """Stop all work at once and free the model; calls that are running raise `ClosedError`."""
         self._scheduler.close()
-        self.model.close()
+        for model in self._models:
+            model.close()
 
     def __enter__(self) -> Llama:
         return self

@@ -20,6 +20,14 @@ class SplitMode(enum.IntEnum):
     ROW = c.LLAMA_SPLIT_MODE_ROW
 
 
+cdef c.ggml_backend_dev_t _offloading_device(str name) except? NULL:
+    """Return the GPU of this name; NULL for the CPU, to which nothing is offloaded."""
+    cdef c.ggml_backend_dev_t device = find_device(name)
+    if c.ggml_backend_dev_get_type(device) == c.GGML_BACKEND_DEVICE_TYPE_CPU:
+        return NULL
+    return device
+
+
 cdef class _ModelHandle:
     """Owns a llama_model. Whoever needs the weights holds it, so they outlive `Model.close`."""
 
@@ -43,6 +51,9 @@ cdef class Model:
         The GPU that takes the whole model under ``SplitMode.NONE``.
     split_mode : SplitMode
         How several GPUs share the model.
+    device : str, optional
+        The one device that takes the whole model, by the name that ``llamacrab info --devices``
+        shows; by default all GPUs share it.
     use_mmap : bool
         Map the file instead of reading it.
     use_mlock : bool
@@ -56,6 +67,8 @@ cdef class Model:
 
     Raises
     ------
+    DeviceError
+        There is no device of this name.
     ModelNotFoundError, ModelFormatError, ModelCorruptError, UnsupportedModelError, ModelError
         See their docstrings. The message holds llama.cpp's own words.
     """
@@ -68,21 +81,30 @@ cdef class Model:
     cdef readonly str cpu_backend  #: "ggml", "llamacrab" or "int8"
 
     def __init__(self, path, *, int n_gpu_layers=-1, int main_gpu=0, split_mode=SplitMode.LAYER,
-                 bint use_mmap=True, bint use_mlock=False, bint check_tensors=False,
+                 device=None, bint use_mmap=True, bint use_mlock=False, bint check_tensors=False,
                  cpu_backend="auto"):
         self.path = os.fspath(path)
         sync_log_level()
         self._head_tensors, suits = _read_header(self.path)
-        self.cpu_backend = _choose_backend(cpu_backend, suits, n_gpu_layers)
-        cdef native.cpu_backend backend = _backend_value(self.cpu_backend)
         cdef c.llama_model_params params = c.llama_model_default_params()
         cdef int mode = SplitMode(split_mode)
         params.n_gpu_layers = n_gpu_layers
-        if self.cpu_backend != "ggml" and not _has_gpu():
-            # "All layers", without a GPU, makes llama.cpp put each norm on ggml's CPU code.
-            params.n_gpu_layers = 0
         params.main_gpu = main_gpu
         params.split_mode = <c.llama_split_mode>mode
+        cdef c.ggml_backend_dev_t[2] chosen
+        cdef bint has_gpu
+        if device is None:
+            has_gpu = _has_gpu()
+        else:
+            chosen[0] = _offloading_device(device)
+            chosen[1] = NULL
+            params.devices = chosen
+            has_gpu = chosen[0] != NULL
+        self.cpu_backend = _choose_backend(cpu_backend, suits, has_gpu and n_gpu_layers != 0)
+        cdef native.cpu_backend backend = _backend_value(self.cpu_backend)
+        if self.cpu_backend != "ggml" and not has_gpu:
+            # "All layers", without a GPU, makes llama.cpp put each norm on ggml's CPU code.
+            params.n_gpu_layers = 0
         params.load_mode = (
             c.LLAMA_LOAD_MODE_MMAP_MLOCK if use_mmap and use_mlock else
             c.LLAMA_LOAD_MODE_MMAP if use_mmap else
@@ -331,18 +353,17 @@ cdef bint _suits_kernels(const c.gguf_context *header):
     return True
 
 
-cdef str _choose_backend(wanted, bint suits, int n_gpu_layers):
+CPU_BACKENDS = ("auto", "llamacrab", "ggml", "int8")
+
+
+cdef str _choose_backend(wanted, bint suits, bint on_gpu):
     """Return what a model computes with: "ggml", "llamacrab" or "int8"."""
     if wanted == "auto":
         wanted = os.environ.get("LLAMACRAB_CPU_BACKEND") or "auto"
     if wanted == "auto":
-        on_gpu = n_gpu_layers != 0 and _has_gpu()
-        use = suits and native.kernels_worthwhile() and not on_gpu
-        return "llamacrab" if use else "ggml"
-    if wanted not in ("ggml", "llamacrab", "int8"):
-        raise ModelError(
-            f"cpu_backend must be 'auto', 'llamacrab', 'int8' or 'ggml', not {wanted!r}"
-        )
+        return "llamacrab" if suits and native.kernels_worthwhile() and not on_gpu else "ggml"
+    if wanted not in CPU_BACKENDS:
+        raise ModelError(f"cpu_backend must be one of {', '.join(CPU_BACKENDS)}, not {wanted!r}")
     if wanted != "ggml" and native.kernels_name() == NULL:
         raise ModelError(
             f"cpu_backend={wanted!r} needs llamacrab's own kernels, which a build with the system's "

@@ -179,8 +179,9 @@ cdef extern from "native/scheduler.hpp" namespace "llamacrab" nogil:
         int64_t queued_tokens
 
     cppclass scheduler:
-        scheduler(llama_model *model, limits bounds) except +
-        void add_worker(llama_context *context, llama_context_params params) except +
+        scheduler(limits bounds) except +
+        void add_worker(llama_model *model, llama_context *context,
+                        llama_context_params params) except +
         cbool has_room(job &j, int64_t n_tokens) except +
         cbool admit(job &j, unique_ptr[chunk] texts) except +
         void seal(job &j) except +

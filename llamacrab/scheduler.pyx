@@ -52,9 +52,11 @@ cdef class Scheduler:
     Parameters
     ----------
     model : Model
-        The weights, shared by all contexts.
+        The weights.
+    replicas : sequence of Model
+        The same on other devices.
     n_contexts : int
-        Contexts, each with a worker.
+        Contexts of each replica, each with a worker.
     pack_tokens : int
         Tokens that a pack aims at.
     queue_tokens : int
@@ -73,7 +75,7 @@ cdef class Scheduler:
     cdef int64_t _queue_tokens
     cdef readonly bint deterministic
 
-    def __init__(self, Model model not None, *, int n_contexts, int pack_tokens,
+    def __init__(self, Model model not None, *, replicas=(), int n_contexts, int pack_tokens,
                  int64_t queue_tokens=0, bint deterministic=False, on_pack=None, **how):
         cdef _SchedulerHandle handle = _SchedulerHandle()
         cdef Context context
@@ -95,18 +97,21 @@ cdef class Scheduler:
             how["n_batch"] = max(how["n_batch"], n_seq_max)
         c.log_doubts(False)  # llamacrab/doubts.py says once what llama.cpp would say for each
         try:
+            # In turn, so that the first free workers are those of different devices.
             for _ in range(n_contexts):
-                handle.contexts.append(Context(model, n_seq_max=n_seq_max, **how))
+                for replica in (model, *replicas):
+                    handle.contexts.append(Context(replica, n_seq_max=n_seq_max, **how))
         finally:
             c.log_doubts(True)
         self._context = handle.contexts[0]
         if pack_tokens < 1:
             raise ContextError(f"pack_tokens must be at least 1, not {pack_tokens}")
-        handle.ptr = new native.scheduler(
-            self._context._handle.model.ptr, self._limits(pack_tokens, n_contexts))
+        n_contexts = len(handle.contexts)
+        handle.ptr = new native.scheduler(self._limits(pack_tokens, n_contexts))
         try:
             for context in handle.contexts:
-                handle.ptr.add_worker(context._handle.ptr, context._params)
+                handle.ptr.add_worker(
+                    context._handle.model.ptr, context._handle.ptr, context._params)
         except RuntimeError as error:  # the system gives no more threads
             raise AllocationError(f"cannot start {n_contexts} threads: {error}") from None
         # The caller's thread splits texts into tokens, helped by as many as leave no CPU idle.

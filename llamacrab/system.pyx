@@ -40,6 +40,23 @@ def _check_kernels(str kind, list numbers):
     return off
 
 
+cdef c.ggml_backend_dev_t find_device(str name) except NULL:
+    """Return the device that llama.cpp calls so, whatever the case."""
+    cdef c.ggml_backend_dev_t device
+    names = []
+    for i in range(c.ggml_backend_dev_count()):
+        device = c.ggml_backend_dev_get(i)
+        if c.ggml_backend_dev_get_type(device) == c.GGML_BACKEND_DEVICE_TYPE_ACCEL:
+            continue  # helps the CPU; no place for a model
+        its_name = c.ggml_backend_dev_name(device).decode()
+        if its_name.lower() == name.lower():
+            return device
+        names.append(its_name)
+    raise DeviceError(
+        f"there is no device {name!r}; this build and machine have {', '.join(names)}"
+    )
+
+
 def devices():
     """Return the devices that llama.cpp can use: a list of dicts.
 

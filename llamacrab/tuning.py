@@ -31,9 +31,10 @@ from llamacrab._core import (
 )
 from llamacrab._extras import require
 from llamacrab._fetch import cache_dir
+from llamacrab.errors import AllocationError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 # Guesses, where nothing has been measured.
 PACK_TOKENS_CPU = 192
@@ -110,18 +111,25 @@ def cgroup_cpus(root: Path = Path("/sys/fs/cgroup")) -> int | None:
     return -(-int(quota) // int(period))
 
 
-def has_gpu() -> bool:
-    """Return whether llama.cpp sees a GPU."""
-    return any(device["type"] in ("GPU", "IGPU") for device in devices())
+def has_gpu(names: Sequence[str] | None = None) -> bool:
+    """Return whether llama.cpp sees a GPU, or whether these devices are any."""
+    wanted = None if names is None else {name.lower() for name in names}
+    return any(
+        device["type"] in ("GPU", "IGPU") and (wanted is None or device["name"].lower() in wanted)
+        for device in devices()
+    )
 
 
 # ------------------------------------------------------------------------------------ choosing
 
 
-def choose(known: Layout | None, *, on_gpu: bool, given: Layout) -> Layout:
-    """Return the layout to use: what was given wins, then what is known, then a guess."""
+def choose(known: Layout | None, *, on_gpu: bool, given: Layout, n_replicas: int = 1) -> Layout:
+    """Return the layout to use: what was given wins, then what is known, then a guess.
+
+    It is that of each replica; they share the CPUs.
+    """
     known = known or Layout()
-    if given.n_contexts or given.n_threads:
+    if given.n_contexts or given.n_threads or n_replicas > 1:
         # A pack's best size was measured for other contexts: keep that, but not their number.
         known = replace(known, n_contexts=0, n_threads=0)
     return guess(
@@ -132,16 +140,17 @@ def choose(known: Layout | None, *, on_gpu: bool, given: Layout) -> Layout:
             given.pack_tokens or known.pack_tokens,
             known.flash_attn if given.flash_attn == "auto" else given.flash_attn,
         ),
+        n_replicas=n_replicas,
     )
 
 
-def guess(*, on_gpu: bool, given: Layout) -> Layout:
+def guess(*, on_gpu: bool, given: Layout, n_replicas: int = 1) -> Layout:
     """Return a layout made of what was given and, for the rest, what is usually good.
 
     On a CPU that is one thread a context: threads that share a pack wait for each other at every
     operation.
     """
-    cpus = usable_cpus()
+    cpus = max(1, usable_cpus() // n_replicas)
     n_contexts = given.n_contexts or (
         1 if on_gpu else max(1, min(N_CONTEXTS_MAX, cpus // (given.n_threads or 1)))
     )
@@ -339,31 +348,24 @@ def tune(
     packs = PACKS_GPU if on_gpu else PACKS_CPU
     rng = np.random.default_rng(0)
     limit = min(model.n_ctx_train, packs[-1])
-    lengths = rng.integers(max(1, n_tokens // 2), n_tokens * 3 // 2 + 1, size=64)
+    most = max(layout.n_contexts for layout in layouts(on_gpu))
+    n_texts = _n_texts(packs[-1], most, n_tokens)
+    lengths = rng.integers(max(1, n_tokens // 2), n_tokens * 3 // 2 + 1, size=n_texts)
     texts = [
         rng.integers(0, len(model.vocab), size=min(int(n), limit), dtype=np.int32) for n in lengths
     ]
     table: list[Measurement] = []
     fits = {}
     for layout in layouts(on_gpu):
-        scheduler = Scheduler(
-            model,
-            n_contexts=layout.n_contexts,
-            pack_tokens=packs[-1],
-            n_ctx=limit if model.has_position_table else packs[-1],
-            n_batch=packs[-1],
-            n_ubatch=packs[-1],
-            n_seq_max=min(256, packs[-1] // 4),
-            n_threads=layout.n_threads,
-            flash_attn=layout.flash_attn,
-            pooling_type=PoolingType.UNSPECIFIED,
-        )
+        scheduler, fitting = _largest(model, layout, packs, limit)
         encoder = Encoder(model.vocab, limit=limit)
+        given = [text[: fitting[-1]] for text in texts]
         try:
-            _run(scheduler, encoder, texts, 0)  # first decodes plan buffers and touch memory
-            for pack_tokens in packs:
+            _run(scheduler, encoder, given[:64], 0)  # first decodes plan buffers and touch memory
+            for pack_tokens in fitting:
                 scheduler.pack_tokens = pack_tokens
-                rate = _run(scheduler, encoder, texts, seconds)
+                n_texts = _n_texts(pack_tokens, layout.n_contexts, n_tokens)
+                rate = _run(scheduler, encoder, given[:n_texts], seconds)
                 per_pack = pack_tokens * layout.n_contexts / rate
                 table.append(Measurement(replace(layout, pack_tokens=pack_tokens), rate, per_pack))
                 if report:
@@ -374,6 +376,36 @@ def tune(
         finally:
             scheduler.close()
     return Tuning(max(table, key=lambda m: m.tokens_per_second).layout, table, fits)
+
+
+def _n_texts(pack_tokens: int, n_contexts: int, n_tokens: int) -> int:
+    """Return how many texts give each context four packs or more, so that no worker waits long."""
+    return max(64, 4 * pack_tokens * n_contexts // n_tokens)
+
+
+def _largest(
+    model: Model, layout: Layout, packs: tuple[int, ...], limit: int
+) -> tuple[Scheduler, tuple[int, ...]]:
+    """Return a scheduler for the largest packs that the device has memory for, and those packs."""
+    while True:
+        most = packs[-1]
+        try:
+            return Scheduler(
+                model,
+                n_contexts=layout.n_contexts,
+                pack_tokens=most,
+                n_ctx=min(limit, most) if model.has_position_table else most,
+                n_batch=most,
+                n_ubatch=most,
+                n_seq_max=min(256, most // 4),
+                n_threads=layout.n_threads,
+                flash_attn=layout.flash_attn,
+                pooling_type=PoolingType.UNSPECIFIED,
+            ), packs
+        except AllocationError:
+            packs = packs[:-1]
+            if not packs:
+                raise
 
 
 def _run(scheduler: Scheduler, encoder: Encoder, texts: list[np.ndarray], seconds: float) -> float:

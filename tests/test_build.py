@@ -279,7 +279,9 @@ def test_a_source_that_cannot_be_had_is_one_line_of_the_build(clone):
 
 
 def options(builder: ModuleType, native: str = "ON", backend: tuple[str, ...] = ()):
-    arguments = builder.argparse.Namespace(native=native, openmp="OFF", backend=list(backend))
+    arguments = builder.argparse.Namespace(
+        native=native, portable=False, openmp="OFF", backend=list(backend)
+    )
     return builder.cmake_options(arguments)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
+import csv
 import gzip
 import json
 import os
@@ -22,6 +25,7 @@ from helpers import TEXTS, cosines, gguf_path
 
 from llamacrab import EmbedOptions, Llama
 from llamacrab.corpus import embed_corpus
+from llamacrab.corpus.interrupt import Interrupt
 from llamacrab.errors import CorpusError, InputError
 
 OPTIONS = EmbedOptions(truncate=True)
@@ -72,6 +76,11 @@ def sources(tmp_path):
     yield write_jsonl(tmp_path / "rows.jsonl.gz", opener=gzip.open)
     yield tmp_path / "rows.parquet"
     yield tmp_path / "rows.csv"
+    with gzip.open(tmp_path / "rows.tsv.gz", "wt", encoding="utf-8", newline="") as file:
+        out = csv.writer(file, delimiter="\t")
+        out.writerow(["text", "id"])
+        out.writerows([row["text"], row["id"]] for row in ROWS)
+    yield tmp_path / "rows.tsv.gz"
     yield tmp_path / "rows.arrow"
     yield str(tmp_path / "half-*.parquet")
     yield [tmp_path / "half-0.parquet", tmp_path / "half-1.parquet"]
@@ -167,11 +176,62 @@ def test_rows_that_are_wrong_fail_or_are_listed_with_the_reason(tiny, tmp_path):
     done = embed_corpus(path, tmp_path / "skip", tiny, on_error="skip")
     assert (done.n_rows, done.n_rejected) == (2, 6)
     assert table_of(tmp_path / "skip").column("row").to_pylist() == [0, 7]
-    lines = (tmp_path / "skip" / "part-000000.rejects.jsonl").read_text().splitlines()
-    rejects = {row["row"]: row["reason"] for row in map(json.loads, lines)}
+    rejects = rejects_of(tmp_path / "skip")
     assert list(rejects) == [1, 2, 3, 4, 5, 6]
     assert "500" in rejects[6] or "502" in rejects[6]
     assert "no field 'text'" in rejects[3]
+
+
+def rejects_of(folder):
+    lines = (folder / "part-000000.rejects.jsonl").read_text(encoding="utf-8").splitlines()
+    return {row["row"]: row["reason"] for row in map(json.loads, lines)}
+
+
+def test_broken_lines_of_a_csv_are_rejected_by_their_line(tiny, tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(
+        codecs.BOM_UTF8
+        + b'id,text\n1,"two\nlines, one text"\n2,one,too many\n3\n4,\xff\n\n5,last\n'
+        b'6,"' + b"long " * 40_000 + b'"\n'
+    )
+    with pytest.raises(CorpusError, match=r"row 1: rows\.csv, line 4: 3 values, but 2 columns"):
+        embed_corpus(path, tmp_path / "fail", tiny, options=OPTIONS)
+    keywords = {"keep": ["id"], "keep_text": True, "options": OPTIONS}
+    embed_corpus(path, tmp_path / "skip", tiny, on_error="skip", **keywords)
+    table = table_of(tmp_path / "skip")
+    assert table.column("id").to_pylist() == ["1", "5", "6"]
+    assert table.column("text").to_pylist()[:2] == ["two\nlines, one text", "last"]
+    assert rejects_of(tmp_path / "skip") == {
+        1: "rows.csv, line 4: 3 values, but 2 columns",
+        2: "rows.csv, line 5: 1 values, but 2 columns",
+        3: "rows.csv, line 6: not UTF-8",
+    }
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_text(tiny, tmp_path):
+    path = tmp_path / "lines.txt"
+    path.write_bytes(codecs.BOM_UTF8 + b"a crab\nanother\n")
+    embed_corpus(path, tmp_path / "out", tiny, keep_text=True)
+    assert table_of(tmp_path / "out").column("text").to_pylist() == ["a crab", "another"]
+
+
+def test_a_table_that_is_no_utf8_is_rejected_row_by_row(tiny, tmp_path):
+    raw = pa.array([b"good", b"\xff", None, b"last"], type=pa.binary())
+    table = pa.table({"text": raw.view(pa.string())})
+    with pytest.raises(CorpusError, match=r"row 1: .*codec can't decode"):
+        embed_corpus(table, tmp_path / "fail", tiny)
+    embed_corpus(table, tmp_path / "skip", tiny, on_error="skip")
+    assert table_of(tmp_path / "skip").column("row").to_pylist() == [0, 3]
+    assert sorted(rejects_of(tmp_path / "skip")) == [1, 2]
+
+
+def test_a_file_that_ends_in_the_middle_stops_the_job_with_the_row(tiny, tmp_path):
+    whole = write_jsonl(tmp_path / "rows.jsonl.gz", ROWS * 3, opener=gzip.open)
+    path = tmp_path / "cut.jsonl.gz"
+    path.write_bytes(whole.read_bytes()[: whole.stat().st_size * 3 // 4])
+    with pytest.raises(CorpusError, match="cannot read beyond row 1024"):
+        embed_corpus(path, tmp_path / "out", tiny, options=OPTIONS)
+    assert len(table_of(tmp_path / "out")) == 1024
 
 
 def test_what_was_computed_before_a_wrong_row_is_kept(tiny, tmp_path):
@@ -195,6 +255,12 @@ def test_sources_and_arguments_that_make_no_sense_are_refused(tiny, tmp_path):
         embed_corpus(pa.Table.from_pylist(ROWS), tmp_path / "out", tiny, text="body")
     with pytest.raises(InputError, match="format must be"):
         embed_corpus(ROWS, tmp_path / "out", tiny, format="pdf")
+    with pytest.raises(InputError, match="keep: the shards have a column row of their own"):
+        embed_corpus(ROWS, tmp_path / "out", tiny, keep=["row"])
+    with pytest.raises(InputError, match=r"known are files that end in \.duckdb, "):
+        embed_corpus(ROWS, tmp_path / "out", tiny, export="rows.sqlite")
+    with pytest.raises(InputError, match="this one is loaded"):
+        embed_corpus(ROWS, tmp_path / "out", tiny, devices=["CPU"])
     (tmp_path / "out" / "part-000000.parquet").write_bytes(b"")
     (tmp_path / "out" / "manifest.json").write_text("{")
     with pytest.raises(CorpusError, match="is damaged"):
@@ -252,12 +318,99 @@ def test_ctrl_c_keeps_what_is_done(tiny, expected, tmp_path, monkeypatch):
 
     def interrupt(state):
         seen.append(state["rows"])
-        if len(seen) == 2:
+        if state["rows"] >= 250 and len(seen) == len(set(seen)):
             raise KeyboardInterrupt
 
     keywords = {"keep": ["id"], "shard_rows": 130, "options": OPTIONS}
     done = embed_corpus(source, folder, tiny, on_progress=interrupt, **keywords)
     assert not done.complete
-    assert done.n_rows == 260
-    assert embed_corpus(source, folder, tiny, **keywords).n_resumed == 260
+    assert 250 <= done.n_rows == seen[-1] < 700
+    assert embed_corpus(source, folder, tiny, **keywords).n_resumed == done.n_rows
     check(folder, expected)
+
+
+def test_two_replicas_on_devices_share_a_job(expected, tmp_path):
+    model = gguf_path("tiny-bert")
+    embed_corpus(
+        ROWS, tmp_path / "out", model, devices=["CPU", "CPU"], keep=["id"], options=OPTIONS
+    )
+    check(tmp_path / "out", expected)
+
+
+def test_progress_tells_the_total_and_the_time_left(tiny, tmp_path):
+    seen = []
+    for number, source in enumerate([write_jsonl(tmp_path / "rows.jsonl"), ROWS, iter(ROWS)]):
+        seen.append([])
+        embed_corpus(
+            source, tmp_path / f"out-{number}", tiny, options=OPTIONS, on_progress=seen[-1].append
+        )
+    assert [states[-1]["total"] for states in seen] == [700, 700, None]
+    assert [states[-1]["seconds_left"] for states in seen] == [0, 0, None]
+    assert all(states[-1]["complete"] and states[-1]["tokens_per_second"] > 0 for states in seen)
+
+
+def cli(source, folder, *more, **how):
+    command = [sys.executable, "-m", "llamacrab", "embed", source, "-o", folder, "--truncate"]
+    command += ["-m", gguf_path("tiny-bert"), "--keep", "id", "--shard-rows", "40", *more]
+    return subprocess.Popen(
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **how,
+    )
+
+
+@pytest.mark.parametrize("times", [0, 1])
+def test_a_ctrl_c_that_was_held_to_the_end_is_raised_there(times):
+    done = []
+    with pytest.raises(KeyboardInterrupt) if times else contextlib.nullcontext(), Interrupt():
+        for _ in range(times):
+            signal.raise_signal(signal.SIGINT)
+        done.append("all")
+    assert done == ["all"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are sent as POSIX has them")
+def test_ctrl_c_in_a_shell_keeps_what_is_done_and_says_how_to_go_on(tiny, tmp_path):
+    rows = [{"id": str(i), "text": f"{i} {'crab ' * 60}"} for i in range(8_000)]
+    source, folder = write_jsonl(tmp_path / "rows.jsonl", rows), tmp_path / "out"
+    with cli(source, folder, "--json-progress") as process:
+        assert json.loads(process.stdout.readline())["total"] == 8_000
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "start the same command again to go on" in said
+    n_done = len(table_of(folder))
+    assert 0 < n_done < 8_000
+    with cli(source, folder) as process:
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert f"{n_done} from before" in said
+    assert table_of(folder).column("id").to_pylist() == [row["id"] for row in rows]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="files are limited as POSIX has it")
+def test_a_disk_that_fills_stops_the_job_where_it_can_go_on(tiny, expected, tmp_path):
+    import resource
+
+    # To the process, a limit on the size of files is like a disk that is full.
+    source, folder = write_jsonl(tmp_path / "rows.jsonl"), tmp_path / "out"
+    limit = (shard_bytes(source, tmp_path / "probe", tiny) // 2,) * 2
+    with cli(
+        source, folder, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    ) as process:
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "0 rows are finished, start again to go on" in said
+    assert [path.name for path in folder.iterdir()] == ["manifest.json"]
+    with cli(source, folder) as process:
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    check(folder, expected)
+
+
+def shard_bytes(source, folder, llama):
+    embed_corpus(source, folder, llama, keep=["id"], shard_rows=40, options=OPTIONS)
+    return (folder / "part-000000.parquet").stat().st_size

@@ -24,16 +24,25 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Its sections need packages that need not be there, and go on each from the page's first block.
 INDEXES = ROOT / "docs" / "indexes.md"
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# Blocks marked `py` show other libraries. They run where these are installed, together with ours.
+MIGRATIONS = {
+    ROOT / "docs" / "from-llama-cpp-python.md": "llama_cpp",
+    ROOT / "docs" / "from-sentence-transformers.md": "sentence_transformers",
+}
+# Pages of the site: the names in the reference are filled in when it is built.
+API_PAGES = sorted((ROOT / "docs" / "api").glob("*.md"))
+SITE = ROOT / "mkdocs.yml"
+# A title, which the site shows, may follow the language.
+BLOCK = re.compile(r"^```(\w+)(?: [^\n]*)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-def blocks(page: Path, language: str) -> list[str]:
-    """Return the fenced blocks of a language, each moved down to the line where it stands."""
+def blocks(page: Path, *languages: str) -> list[str]:
+    """Return the fenced blocks of languages, each moved down to the line where it stands."""
     text = page.read_text(encoding="utf-8")
     return [
         "\n" * text.count("\n", 0, found.start(2)) + found[2]
         for found in BLOCK.finditer(text)
-        if found[1] == language
+        if found[1] in languages
     ]
 
 
@@ -44,10 +53,10 @@ def commands(page: Path) -> list[str]:
     return [line for line in plain if line.startswith("llamacrab ")]
 
 
-def run_python(page: Path) -> None:
+def run_python(page: Path, *languages: str) -> None:
     """Run the Python blocks of a page in order, in one namespace."""
     namespace = {"__name__": page.stem}
-    for block in blocks(page, "python"):
+    for block in blocks(page, "python", *languages):
         if ">>> " in block:
             check_examples(block, namespace, page)
         else:
@@ -121,6 +130,21 @@ def test_python_of_a_page_runs_and_says_what_the_page_shows(page, clone):
     run([sys.executable, "-W", "error", __file__, str(page)], clone)
 
 
+@pytest.mark.parametrize("page", MIGRATIONS, ids=lambda page: page.stem)
+def test_a_page_about_another_library_runs_with_that_library(page, clone):
+    if importlib.util.find_spec(MIGRATIONS[page]) is None:
+        pytest.skip(f"{MIGRATIONS[page]} is not installed")
+    run([sys.executable, __file__, str(page), "py"], clone)
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks(page, "py")], ids=lambda page: page.stem
+)
+def test_code_that_is_only_shown_is_python(page):
+    for block in blocks(page, "py"):
+        compile(block, page, "exec")
+
+
 @pytest.mark.parametrize("heading", sections(INDEXES))
 def test_an_index_finds_what_the_exact_search_finds(heading, clone):
     text = sections(INDEXES)[heading]
@@ -151,7 +175,7 @@ def test_examples_in_docstrings_say_what_they_show():
 
 
 def test_links_between_pages_lead_somewhere():
-    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+    for page in [*PAGES, *API_PAGES, ROOT / "CONTRIBUTING.md"]:
         for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
@@ -161,6 +185,53 @@ def test_every_page_is_in_the_index_and_in_the_readme():
         if page.stem != "index":
             assert f"]({page.name})" in (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
             assert f"](docs/{page.name})" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_page_is_in_the_navigation_of_the_site_once():
+    navigation = SITE.read_text(encoding="utf-8").partition("\nnav:\n")[2]
+    listed = re.findall(r"^ +- [^:\n]+: (\S+\.md)$", navigation, re.MULTILINE)
+    pages = (ROOT / "docs").rglob("*.md")
+    assert sorted(listed) == sorted(page.relative_to(ROOT / "docs").as_posix() for page in pages)
+
+
+def test_every_public_name_is_in_the_reference():
+    import llamacrab
+
+    shown = {
+        name
+        for page in API_PAGES
+        for name in re.findall(r"^::: (\S+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    names = {f"llamacrab.{name}" for name in llamacrab.__all__ if not name.startswith("__")}
+    # This one is with its kin.
+    names.discard("llamacrab.LlamaError")
+    modules = {"llamacrab.errors", "llamacrab.similarity", "llamacrab.quantize", "llamacrab.tuning"}
+    assert names | modules <= shown
+    for name in shown:
+        module_name, _, attribute = name.rpartition(".")
+        if importlib.util.find_spec(module_name) and hasattr(
+            importlib.import_module(module_name), attribute
+        ):
+            continue
+        importlib.import_module(name)
+
+
+def test_the_reference_has_the_docstrings_of_the_extension(monkeypatch):
+    pytest.importorskip("griffe")
+    monkeypatch.syspath_prepend(ROOT / "docs" / "tools")
+    from pyx_docstrings import docstrings
+
+    from llamacrab import _core
+
+    found = docstrings(ROOT / "llamacrab")
+    for name in ("Model", "Vocab", "Context", "Batch", "PoolingType"):
+        kind = getattr(_core, name)
+        for member in ("", *(part for part in vars(kind) if not part.startswith("_"))):
+            value = vars(kind)[member] if member else kind
+            # Members of an enum have the docstring of the enum.
+            if getattr(value, "__doc__", None) and not isinstance(value, int):
+                built = inspect.cleandoc(value.__doc__)
+                assert built.endswith(found[f"{name}.{member}" if member else name]), member
 
 
 def test_the_table_of_errors_is_the_tree():
@@ -200,4 +271,4 @@ def test_every_command_and_option_is_on_the_page_about_the_command_line():
 
 
 if __name__ == "__main__":
-    run_python(Path(sys.argv[1]))
+    run_python(Path(sys.argv[1]), *sys.argv[2:])

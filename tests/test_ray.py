@@ -12,13 +12,16 @@ pytest.importorskip("ray", reason="the extra `ray` is not installed")
 SCRIPT = """
 import sys, warnings
 warnings.simplefilter("ignore")
-import numpy as np, pyarrow.parquet, ray
+import os, numpy as np, pyarrow.parquet, ray
 from llamacrab import EmbedOptions
 from llamacrab.integrations.ray import Embedder
 model, source, target, n_workers = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
+class Traced(Embedder):
+    def __call__(self, batch):
+        return {**super().__call__(batch), "worker": np.full(len(batch["id"]), os.getpid())}
 ray.init(num_cpus=4, include_dashboard=False, logging_level="error", log_to_driver=False)
-ray.data.read_parquet(source).map_batches(
-    Embedder,
+ray.data.read_parquet(source).repartition(8).map_batches(
+    Traced,
     fn_constructor_kwargs={"model": model, "options": EmbedOptions(truncate=True)},
     batch_size=64,
     compute=ray.data.ActorPoolStrategy(size=n_workers),
@@ -40,6 +43,7 @@ def test_two_workers_give_the_rows_of_one_process(tmp_path, load):
     )
     table = pa.parquet.read_table(tmp_path / "out").sort_by("id")
     assert table.column("id").to_pylist() == list(range(600))
+    assert len(set(table.column("worker").to_pylist())) == 2
     rows = np.array(table.column("embedding").to_pylist(), dtype=np.float32)
     expected = load("tiny-bert").embed_texts(texts, truncate=True)
     assert (rows * expected).sum(axis=1).min() > 0.9999

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from llamacrab import tuning
+from llamacrab import _core, tuning
 from llamacrab._extras import require
 from llamacrab._versions import __version__
-from llamacrab.corpus import shards
+from llamacrab.corpus import exports, shards
+from llamacrab.corpus.interrupt import Interrupt
 from llamacrab.corpus.manifest import Manifest, Shard
-from llamacrab.corpus.sources import Block, Source
+from llamacrab.corpus.progress import Progress
+from llamacrab.corpus.sources import BLOCK, Block, Source
 from llamacrab.errors import CorpusError, InputError, LlamaError, NumericalError
+from llamacrab.llama import Llama
 from llamacrab.options import EmbedOptions
-
-if TYPE_CHECKING:
-    import os
-
-    from llamacrab.llama import Llama
 
 # Blocks that are computed while earlier ones are written.
 AHEAD = 3
@@ -62,16 +62,18 @@ class Summary:
 
 def embed_corpus(
     source: Any,
-    destination: str | os.PathLike[str],
-    llama: Llama,
+    destination: str | PathLike[str],
+    model: Llama | str | PathLike[str] | None = None,
     *,
+    devices: Sequence[str] | None = None,
     text: str = "text",
-    keep: tuple[str, ...] | list[str] = (),
+    keep: Sequence[str] = (),
     keep_text: bool = False,
     format: Literal["parquet", "arrow", "npy", "jsonl"] = "parquet",
     shard_rows: int = 65_536,
     options: EmbedOptions | None = None,
     on_error: Literal["fail", "skip"] = "fail",
+    export: str | PathLike[str] | Sequence[str | PathLike[str]] = (),
     overwrite: bool = False,
     progress: bool = False,
     on_progress: Callable[[dict[str, Any]], Any] | None = None,
@@ -86,8 +88,10 @@ def embed_corpus(
         dict. It must give the same rows in the same order when a job is resumed.
     destination : path
         A folder, made if need be, for this job alone.
-    llama : Llama
-        The model.
+    model : Llama, str or os.PathLike, optional
+        The model, or its GGUF file; by default all-MiniLM-L6-v2.
+    devices : sequence of str, optional
+        Where `model` is a file: the devices to put a copy of it on; see `Llama`.
     text : str
         The column or field that holds the text.
     keep : sequence of str
@@ -104,6 +108,10 @@ def embed_corpus(
     on_error : {"fail", "skip"}
         What to do with a row that cannot be read or embedded: raise, with the shards before it
         kept; or leave it out, and list it with the reason in ``part-*.rejects.jsonl``.
+    export : path or sequence of paths
+        Files to make of the shards when all are there: a database with the table ``embeddings``
+        that ends in ``.duckdb`` or ``.lancedb``, or an index that ends in ``.usearch``, whose
+        keys are the column ``row`` (extra ``indexes``).
     overwrite : bool
         Begin anew, whatever the folder holds.
     progress : bool
@@ -119,6 +127,10 @@ def embed_corpus(
     ------
     CorpusError
         The folder holds another job, the source cannot be read, or a row is wrong.
+    InputError, MissingExtraError
+        An argument makes no sense, or needs a package that is not installed.
+    OSError
+        A file cannot be written, for example because the disk is full. What is finished stays.
     """
     began = time.monotonic()
     folder = Path(destination)
@@ -129,62 +141,50 @@ def embed_corpus(
         raise InputError(f"on_error must be 'fail' or 'skip', not {on_error!r}")
     if shard_rows < 1:
         raise InputError(f"shard_rows must be at least 1, not {shard_rows}")
+    taken = {shards.ROW, shards.VECTOR, *([shards.TEXT] if keep_text else [])} & set(keep)
+    if taken:
+        raise InputError(f"keep: the shards have a column {', '.join(sorted(taken))} of their own")
+    targets = [Path(one) for one in ([export] if isinstance(export, (str, PathLike)) else export)]
+    for target in targets:
+        exports.check(target, format=format, dtype=how.dtype)
     reader = Source(source, text=text, keep=tuple(keep))
-    job = {
-        "source": reader.fingerprint(),
-        "text": text,
-        "keep": list(keep),
-        "keep_text": keep_text,
-        "model": tuning.content_key(Path(llama.model.path)),
-        "pooling_type": llama.pooling_type.name,
-        "options": _as_json(how),
-        "format": format,
-        "on_error": on_error,
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    manifest = None if overwrite else Manifest.load(folder)
-    if manifest is None:
-        if not overwrite and any(folder.glob("part-*")):
-            raise CorpusError(
-                f"{folder} holds shards but no manifest: overwrite it, or take another"
-            )
-        manifest = Manifest(job, {"llamacrab": __version__})
-    manifest.refuse_other(job, folder)
-    manifest.drop_damaged(folder)
-    shards.clean(folder, manifest.shards)
-    manifest.save(folder)
-    run = _Run(
-        llama,
-        folder,
-        manifest,
-        reader,
-        how=how,
-        kind=format,
-        shard_rows=shard_rows,
-        skip=on_error == "skip",
-        keep_text=keep_text,
-    )
-    n_resumed = manifest.n_read
-    with _bar(progress, n_resumed) as bar:
-
-        def report(n_read: int, n_tokens: int) -> None:
-            if bar is not None:
-                bar.update(n_read - bar.n)
-            if on_progress is not None:
-                seconds = time.monotonic() - began
-                on_progress(
-                    {
-                        "rows": n_read,
-                        "seconds": round(seconds, 3),
-                        "rows_per_second": round((n_read - n_resumed) / max(seconds, 1e-9), 1),
-                        "tokens_per_second": round(n_tokens / max(seconds, 1e-9), 1),
-                        "complete": manifest.complete,
-                    }
-                )
-
-        if not manifest.complete:
-            run.go(report)
-        report(manifest.n_read, run.n_tokens())
+    with _loaded(model, devices) as llama:
+        job = {
+            "source": reader.fingerprint(),
+            "text": text,
+            "keep": list(keep),
+            "keep_text": keep_text,
+            "model": tuning.content_key(Path(llama.model.path)),
+            "pooling_type": llama.pooling_type.name,
+            "options": _as_json(how),
+            "format": format,
+            "on_error": on_error,
+        }
+        manifest = _manifest(folder, job, overwrite=overwrite)
+        for target in targets:
+            manifest.refuse_foreign(target)
+        manifest.save(folder)
+        run = _Run(
+            llama,
+            folder,
+            manifest,
+            reader,
+            how=how,
+            kind=format,
+            shard_rows=shard_rows,
+            skip=on_error == "skip",
+            keep_text=keep_text,
+        )
+        n_resumed = manifest.n_read
+        n_total = reader.n_rows() if progress or on_progress else None
+        told = Progress(n_resumed, n_total, bar=progress, call=on_progress)
+        with contextlib.closing(told):
+            if not manifest.complete:
+                run.go(told)
+            if manifest.complete:
+                for target in targets:
+                    _export(folder, manifest, target)
+            told.tell(manifest.n_read, run.n_tokens(), complete=manifest.complete)
     n_rows = sum(shard.n_rows for shard in manifest.shards)
     return Summary(
         folder,
@@ -195,6 +195,43 @@ def embed_corpus(
         time.monotonic() - began,
         manifest.complete,
     )
+
+
+@contextlib.contextmanager
+def _loaded(
+    model: Llama | str | PathLike[str] | None, devices: Sequence[str] | None
+) -> Iterator[Llama]:
+    """Load a model for as long as it is needed, unless it is loaded."""
+    if not isinstance(model, Llama):
+        with Llama(model, devices=devices) as llama:
+            yield llama
+        return
+    if devices is not None:
+        raise InputError("devices are for a model that is given as a file; this one is loaded")
+    yield model
+
+
+def _manifest(folder: Path, job: dict[str, Any], *, overwrite: bool) -> Manifest:
+    """Return what is finished of a job in its folder, which is made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made: dict[str, bool] = {}
+    manifest = None
+    if overwrite:
+        with contextlib.suppress(CorpusError):
+            old = Manifest.load(folder)
+            made = dict.fromkeys(old.exports if old else (), False)
+    else:
+        manifest = Manifest.load(folder)
+        if manifest is None and any(folder.glob("part-*")):
+            raise CorpusError(
+                f"{folder} holds shards but no manifest: overwrite it, or take another"
+            )
+    if manifest is None:
+        manifest = Manifest(job, _versions(), exports=made)
+    manifest.refuse_other(job, folder)
+    manifest.drop_damaged(folder)
+    shards.clean(folder, manifest.shards)
+    return manifest
 
 
 class _Run:
@@ -223,6 +260,8 @@ class _Run:
         self._skip = skip
         self._keep_text = keep_text
         self._tokens_before = self._tokens()
+        self._interrupt = Interrupt()
+        self._began = time.monotonic()
 
     def _tokens(self) -> int:
         return sum(int(worker["tokens"]) for worker in self._llama.stats()["workers"])
@@ -231,10 +270,10 @@ class _Run:
         """Return the tokens that were computed in this run."""
         return self._tokens() - self._tokens_before
 
-    def go(self, report: Callable[[int, int], None]) -> None:
+    def go(self, told: Progress) -> None:
         """Embed what is left, and write it shard by shard."""
         pending: list[tuple[Block, np.ndarray, np.ndarray]] = []
-        with ThreadPoolExecutor(1, thread_name_prefix="llamacrab-writer") as writer:
+        with self._interrupt, ThreadPoolExecutor(1, "llamacrab-writer") as writer:
             written: Future[Shard] | None = None
 
             def write() -> None:
@@ -247,7 +286,7 @@ class _Run:
             try:
                 for block, rows, done in computed:
                     pending.append((block, rows, done))
-                    report(block.first + len(block.texts), self.n_tokens())
+                    told.tell(block.first + len(block.texts), self.n_tokens())
                     if sum(len(b.texts) for b, _, _ in pending) >= self._shard_rows:
                         write()
                 write()
@@ -283,19 +322,33 @@ class _Run:
             at = 0
             while at < len(block.texts):
                 left = self._shard_rows - (block.first + at - start) % self._shard_rows
-                yield block.slice(at, min(len(block.texts), at + left))
-                at += left
+                size = min(left, self._block_rows(block.first + at - start), len(block.texts) - at)
+                yield block.slice(at, at + size)
+                at += size
+
+    def _block_rows(self, n_read: int) -> int:
+        """Return how many rows take about a second: what Ctrl-C, or a crash, costs at most."""
+        return max(64, min(BLOCK, int(n_read / (time.monotonic() - self._began + 1e-9))))
 
     def _computed(self) -> Generator[tuple[Block, np.ndarray, np.ndarray]]:
         """Yield every block with its rows, and which of them are there."""
         ahead: deque[tuple[Block, Future[np.ndarray]]] = deque()
         try:
-            for block in self._blocks():
+            blocks, unreadable = self._blocks(), None
+            while True:
+                try:
+                    block = next(blocks, None)
+                except CorpusError as error:  # told of once what was read before it is computed
+                    block, unreadable = None, error
+                if block is None:
+                    break
                 ahead.append((block, self._submitted(block)))
                 if len(ahead) >= AHEAD:
                     yield self._finished(*ahead.popleft())
             while ahead:
                 yield self._finished(*ahead.popleft())
+            if unreadable is not None:
+                raise unreadable
         finally:
             for _, future in ahead:
                 future.cancel()
@@ -321,7 +374,8 @@ class _Run:
         done = np.zeros(len(block.texts), dtype=bool)
         rows: np.ndarray | None = None
         try:
-            found = future.result()
+            with self._interrupt.allowed():
+                found = future.result()
         except (InputError, NumericalError):
             found = self._one_by_one(block, places)
             places = places[[i not in block.reasons for i in places]]
@@ -377,10 +431,22 @@ def _as_json(how: EmbedOptions) -> dict[str, Any]:
     return {**asdict(replace(how, ranges=None)), "ranges": ranges}
 
 
-@contextlib.contextmanager
-def _bar(wanted: bool, n_done: int) -> Iterator[Any]:
-    if not wanted:
-        yield None
+def _versions() -> dict[str, str]:
+    return {
+        "llamacrab": __version__,
+        "llama.cpp": _core.build_info()["commit"],
+        "numpy": np.__version__,
+        "pyarrow": importlib.metadata.version("pyarrow"),
+    }
+
+
+def _export(folder: Path, manifest: Manifest, target: Path) -> None:
+    """Make a file of the shards, unless that has been done."""
+    name = str(target.absolute())
+    if manifest.exports.get(name) and target.exists():
         return
-    with require("tqdm", extra="progress").tqdm(initial=n_done, unit=" texts") as bar:
-        yield bar
+    manifest.exports[name] = False  # from now on, what lies there is this job's to replace
+    manifest.save(folder)
+    exports.write(folder, [shard.name for shard in manifest.shards], target)
+    manifest.exports[name] = True
+    manifest.save(folder)

@@ -42,12 +42,15 @@ class Manifest:
         In order.
     complete : bool
         Whether the source has been read to its end.
+    exports : dict of str to bool
+        Files that this job makes of its shards, and whether they are whole.
     """
 
     job: dict[str, Any]
     made_with: dict[str, str] = field(default_factory=dict)
     shards: list[Shard] = field(default_factory=list)
     complete: bool = False
+    exports: dict[str, bool] = field(default_factory=dict)
 
     @property
     def n_read(self) -> int:
@@ -91,6 +94,11 @@ class Manifest:
                 + ". Take another folder, or overwrite it"
             )
 
+    def refuse_foreign(self, target: Path) -> None:
+        """Raise if what lies at `target` is not this job's to replace."""
+        if target.exists() and str(target.absolute()) not in self.exports:
+            raise CorpusError(f"{target} is there already: remove it, or take another name")
+
     def drop_damaged(self, folder: Path) -> list[str]:
         """Forget shards whose files are missing or changed, and all after the first of them."""
         for k, shard in enumerate(self.shards):
@@ -99,6 +107,7 @@ class Manifest:
                 dropped = self.shards[k:]
                 self.shards = self.shards[:k]
                 self.complete = False
+                self.exports = dict.fromkeys(self.exports, False)
                 return [shard.name for shard in dropped]
         return []
 

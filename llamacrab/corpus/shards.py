@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 FORMATS = {"parquet": ".parquet", "arrow": ".arrow", "npy": ".npy", "jsonl": ".jsonl"}
-VECTOR = "embedding"
-ROW = "row"
+ROW, TEXT, VECTOR = "row", "text", "embedding"
 
 
 def name_of(number: int, kind: str) -> str:
@@ -70,32 +69,40 @@ def write(
     first, n_read : int
         What of the source it covers.
     """
-    whole = folder / name
     partial = folder / f".{name}.tmp"
-    if kind == "npy":
-        with partial.open("wb") as file:
-            np.save(file, vectors)
-    else:
-        table = _table(numbers, texts, carried, vectors)
-        if kind == "parquet":
-            require("pyarrow.parquet", extra="corpus").write_table(table, partial)
-        elif kind == "arrow":
-            pa = require("pyarrow", extra="corpus")
-            with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, table.schema) as out:
-                out.write_table(table)
+    listed = folder / f".{rejects_of(name)}.tmp"
+    try:
+        if kind == "npy":
+            with partial.open("wb") as file:
+                np.save(file, vectors)
         else:
-            with partial.open("w", encoding="utf-8") as file:
-                for row in table.to_pylist():
-                    file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-    if rejects:
-        listed = folder / f".{rejects_of(name)}.tmp"
-        lines = (json.dumps(reject, ensure_ascii=False) + "\n" for reject in rejects)
-        listed.write_text("".join(lines), encoding="utf-8")
-        _settle(listed, folder / rejects_of(name))
-    checksum = sha256_of(partial)
-    _settle(partial, whole)
+            _write_table(_table(numbers, texts, carried, vectors), partial, kind)
+        if rejects:
+            lines = (json.dumps(reject, ensure_ascii=False) + "\n" for reject in rejects)
+            listed.write_text("".join(lines), encoding="utf-8")
+            _settle(listed, folder / rejects_of(name))
+        checksum = sha256_of(partial)
+        _settle(partial, folder / name)
+    except BaseException:
+        # Where a disk is full, what is half written is in the way.
+        partial.unlink(missing_ok=True)
+        listed.unlink(missing_ok=True)
+        raise
     sync_folder(folder)
     return Shard(name, first, n_read, len(vectors), checksum)
+
+
+def _write_table(table: Any, path: Path, kind: str) -> None:
+    if kind == "parquet":
+        require("pyarrow.parquet", extra="corpus").write_table(table, path)
+    elif kind == "arrow":
+        pa = require("pyarrow", extra="corpus")
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as out:
+            out.write_table(table)
+    else:
+        with path.open("w", encoding="utf-8") as file:
+            for row in table.to_pylist():
+                file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
 
 
 def _settle(partial: Path, whole: Path) -> None:
@@ -112,7 +119,7 @@ def _table(numbers: np.ndarray, texts: list[str] | None, carried: Any, vectors: 
     pa = require("pyarrow", extra="corpus")
     columns = {ROW: pa.array(numbers)}
     if texts is not None:
-        columns["text"] = pa.array(texts, type=pa.large_string())
+        columns[TEXT] = pa.array(texts, type=pa.large_string())
     if carried is not None:
         for name in carried.column_names:
             columns[name] = carried.column(name)

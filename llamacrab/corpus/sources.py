@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import csv
 import glob
 import io
 import json
@@ -17,7 +19,8 @@ from llamacrab.tuning import content_key
 # Rows that are read at once.
 BLOCK = 1024
 LINES = (".txt", ".jsonl", ".ndjson")
-TABLES = {".parquet": "parquet", ".arrow": "ipc", ".feather": "ipc", ".csv": "csv"}
+CSV = (".csv", ".tsv")
+TABLES = {".parquet": "parquet", ".arrow": "ipc", ".feather": "ipc"}
 PACKED = (".gz", ".zst", ".bz2")
 
 
@@ -79,14 +82,27 @@ class Source:
         shape = getattr(self._data, "shape", None)
         return [type(self._data).__name__, list(shape) if shape else None]
 
+    def n_rows(self) -> int | None:
+        """Return how many rows there are, where that is soon known."""
+        if self._paths is None:
+            table = getattr(self._data, "num_rows", None)
+            if isinstance(table, int):
+                return table
+            return len(self._data) if hasattr(self._data, "__len__") else None
+        counts = [_n_rows(path) for path in self._paths]
+        return None if None in counts else sum(count or 0 for count in counts)
+
     def blocks(self, start: int) -> Iterator[Block]:
         """Yield the rows from row `start` on."""
         first = 0
-        for texts, carried, reasons in self._read():
-            block = Block(first, texts, carried, reasons)
-            first += len(texts)
-            if first > start:
-                yield block.slice(max(0, start - block.first), len(texts))
+        try:
+            for texts, carried, reasons in self._read():
+                block = Block(first, texts, carried, reasons)
+                first += len(texts)
+                if first > start:
+                    yield block.slice(max(0, start - block.first), len(texts))
+        except (self._pa.ArrowException, OSError, EOFError) as error:
+            raise CorpusError(f"cannot read beyond row {first}: {error}") from error
 
     def _read(self) -> Iterator[tuple[list[str | None], Any, dict[int, str]]]:
         if self._paths is None:
@@ -95,7 +111,9 @@ class Source:
         for path in self._paths:
             kind = _kind(path)
             if kind in LINES:
-                yield from self._from_rows(_lines(self._pa, path, kind, self._text), path)
+                yield from self._from_rows(_lines(self._pa, path, kind))
+            elif kind in CSV:
+                yield from self._from_rows(_records(self._pa, path, kind, self._wanted()))
             else:
                 dataset = require("pyarrow.dataset", extra="corpus")
                 yield from self._from_table(dataset.dataset(path, format=TABLES[kind]), str(path))
@@ -110,17 +128,18 @@ class Source:
             )
         elif hasattr(data, "to_arrow"):  # polars
             yield from self._from_table(data.to_arrow(), "the frame")
+        elif type(data).__module__.partition(".")[0] == "datasets":
+            for table in data.with_format("arrow").iter(batch_size=BLOCK):
+                yield from self._from_table(table, "the dataset")
         else:
-            yield from self._from_rows(data, None)
+            yield from self._from_rows(data)
+
+    def _wanted(self) -> list[str]:
+        return list(dict.fromkeys((self._text, *self._keep)))
 
     def _from_table(self, table: Any, name: str) -> Iterator[tuple[list[Any], Any, dict[int, str]]]:
-        missing = {self._text, *self._keep} - set(table.schema.names)
-        if missing:
-            raise CorpusError(
-                f"{name} has no column {', '.join(sorted(missing))}; its columns are "
-                + ", ".join(table.schema.names)
-            )
-        columns = list(dict.fromkeys((self._text, *self._keep)))
+        columns = self._wanted()
+        _refuse_missing(columns, table.schema.names, name)
         batches = (
             table.select(columns).to_batches(max_chunksize=BLOCK)
             if hasattr(table, "select")
@@ -128,12 +147,10 @@ class Source:
         )
         for batch in batches:
             rows = self._pa.Table.from_batches([batch])
-            texts, reasons = _checked(rows.column(self._text).to_pylist())
-            yield texts, rows.select(list(self._keep)), reasons
+            texts, reasons = _checked(_values(self._pa, rows.column(self._text)))
+            yield texts, rows.select(list(self._keep)) if self._keep else None, reasons
 
-    def _from_rows(
-        self, rows: Iterable[Any], path: Path | None
-    ) -> Iterator[tuple[list[Any], Any, dict[int, str]]]:
+    def _from_rows(self, rows: Iterable[Any]) -> Iterator[tuple[list[Any], Any, dict[int, str]]]:
         texts: list[Any] = []
         carried: list[dict[str, Any]] = []
         for row in rows:
@@ -175,10 +192,87 @@ def _checked(values: list[Any]) -> tuple[list[str | None], dict[int, str]]:
     return [None if i in reasons else value for i, value in enumerate(values)], reasons
 
 
-def _lines(pa: Any, path: Path, kind: str, text: str) -> Iterator[Any]:
+def _refuse_missing(wanted: Iterable[str], found: list[str], name: str) -> None:
+    missing = sorted(set(wanted) - set(found))
+    if missing:
+        raise CorpusError(
+            f"{name} has no column {', '.join(missing)}; its columns are {', '.join(found)}"
+        )
+
+
+def _values(pa: Any, column: Any) -> list[Any]:
+    """Return the values of a column, with what is wrong with those that are no UTF-8."""
+    try:
+        return list(column.to_pylist())
+    except UnicodeDecodeError:
+        large = pa.types.is_large_string(column.type)
+        raw = column.combine_chunks().view(pa.large_binary() if large else pa.binary())
+        return [value and _decoded(value) for value in raw.to_pylist()]
+
+
+def _decoded(value: bytes) -> str | _Wrong:
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        return _Wrong(str(error))
+
+
+def _n_rows(path: Path) -> int | None:
+    """Return the rows of a file of lines or of a table; None where it must be read for that."""
+    suffix = path.suffix.lower()
+    if suffix in TABLES:
+        dataset = require("pyarrow.dataset", extra="corpus")
+        return int(dataset.dataset(path, format=TABLES[suffix]).count_rows())
+    if suffix not in LINES:
+        return None
+    with path.open("rb") as file:
+        pieces = iter(lambda: file.read(1 << 20), b"")
+        n, last = 0, b"\n"
+        for last in pieces:
+            n += last.count(b"\n")
+    return n + (not last.endswith(b"\n"))
+
+
+def _records(pa: Any, path: Path, kind: str, wanted: list[str]) -> Iterator[Any]:
+    """Yield the rows of a file of comma (or tab) separated values as dicts of str."""
+    # A text may be longer than the 128 KiB that are the module's default for all of a process.
+    csv.field_size_limit(max(csv.field_size_limit(), 2**31 - 1))
+    with pa.input_stream(str(path), compression="detect") as stream:
+        # Bytes that are no UTF-8 become halves of surrogate pairs: a row's fault, not the file's.
+        lines = io.TextIOWrapper(
+            io.BufferedReader(stream), "utf-8-sig", errors="surrogateescape", newline=""
+        )
+        rows = csv.reader(lines, delimiter="\t" if kind == ".tsv" else ",")
+        names = next(rows, [])
+        _refuse_missing(wanted, names, path.name)
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield _Wrong(f"{path.name}, line {rows.line_num}: {error}")
+                continue
+            if row:  # an empty line is no row
+                yield _record(row, names, f"{path.name}, line {rows.line_num}")
+
+
+def _record(row: list[str], names: list[str], place: str) -> dict[str, str] | _Wrong:
+    if len(row) != len(names):
+        return _Wrong(f"{place}: {len(row)} values, but {len(names)} columns")
+    try:
+        "".join(row).encode()
+    except UnicodeEncodeError:
+        return _Wrong(f"{place}: not UTF-8")
+    return dict(zip(names, row, strict=True))
+
+
+def _lines(pa: Any, path: Path, kind: str) -> Iterator[Any]:
     """Yield the texts, or the fields, of the lines of a file, which may be compressed."""
     with pa.input_stream(str(path), compression="detect") as stream:
-        for line in io.BufferedReader(stream):
+        for number, line in enumerate(io.BufferedReader(stream)):
+            if not number:
+                line = line.removeprefix(codecs.BOM_UTF8)
             try:
                 decoded = line.rstrip(b"\r\n").decode()
                 row = decoded if kind == ".txt" else json.loads(decoded)
@@ -203,11 +297,11 @@ def _paths(data: Any) -> list[Path] | None:
     for path in paths:
         if not path.is_file():
             raise CorpusError(f"there is no file {path}")
-        if _kind(path) not in (*LINES, *TABLES):
+        if _kind(path) not in (*LINES, *CSV, *TABLES):
             raise CorpusError(
                 f"{path}: cannot read this kind of file; known are "
-                + ", ".join((*LINES, *TABLES))
-                + f", lines also compressed ({', '.join(PACKED)})"
+                + ", ".join((*LINES, *CSV, *TABLES))
+                + f", text files also compressed ({', '.join(PACKED)})"
             )
     return paths
 

@@ -8,7 +8,6 @@
 
 #include "backend.hpp"
 #include "ggml-alloc.h"
-#include "ggml-cpu.h"
 #include "kernels.hpp"
 
 namespace llamacrab {
@@ -297,7 +296,7 @@ double check_kernels(const std::string & kind, const std::vector<int> & n) {
     bench              ours, theirs;
     ggml_tensor *      out = build(ours);
     const backend      mine(ggml_backend_dev_init(device, nullptr), ggml_backend_free);
-    const backend      cpu(ggml_backend_cpu_init(), ggml_backend_free);
+    const backend      cpu(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr), ggml_backend_free);
     ggml_backend_buffer_type_t type;
     {
         const loading_for scope(int8 ? cpu_backend::int8 : cpu_backend::llamacrab);

@@ -104,6 +104,7 @@ bool waiter::sleep(int64_t microseconds) {
 
 struct scheduler::worker {
     int32_t              number;
+    llama_model *        model   = nullptr;
     llama_context *      context = nullptr;
     llama_context_params params;
     llama_context *      renewed = nullptr;  // a context that replaced the first one: ours to free
@@ -118,8 +119,8 @@ struct scheduler::worker {
     std::atomic<bool>    abort{false};
     std::thread          thread;
 
-    worker(int32_t n, llama_context * ctx, llama_context_params how)
-        : number(n), context(ctx), params(how), batch(llama_batch_init(int32_t(llama_n_batch(ctx)), 0, 1)) {
+    worker(int32_t n, llama_model * m, llama_context * ctx, llama_context_params how)
+        : number(n), model(m), context(ctx), params(how), batch(llama_batch_init(int32_t(llama_n_batch(ctx)), 0, 1)) {
         watch();
     }
 
@@ -145,7 +146,7 @@ struct scheduler::worker {
     }
 
     // Leave a context whose state an exception has put in doubt.
-    void renew(llama_model * model) {
+    void renew() {
         shared.clear();
         if (llama_context * fresh = make_context(model, params)) {
             free_renewed();
@@ -157,12 +158,12 @@ struct scheduler::worker {
 
 // ------------------------------------------------------------------------------------- life cycle
 
-scheduler::scheduler(llama_model * m, limits b) : model(m), bounds(b) {}
+scheduler::scheduler(limits b) : bounds(b) {}
 
 scheduler::~scheduler() { close(); }
 
-void scheduler::add_worker(llama_context * context, llama_context_params params) {
-    auto     made = std::make_unique<worker>(int32_t(workers.size()), context, params);
+void scheduler::add_worker(llama_model * model, llama_context * context, llama_context_params params) {
+    auto     made = std::make_unique<worker>(int32_t(workers.size()), model, context, params);
     worker & w    = *made;
     {
         std::lock_guard<std::mutex> hold(mutex);
@@ -446,13 +447,13 @@ void scheduler::run(worker & w) {
             compute(w);
         } catch (const std::bad_alloc &) {
             w.results.assign(w.pack.size(), make_failure(failure_kind::no_memory, 0, "out of memory"));
-            w.renew(model);
+            w.renew();
         } catch (const std::exception & error) {
             w.results.assign(w.pack.size(), make_failure(failure_kind::thrown, 0, error.what()));
-            w.renew(model);
+            w.renew();
         } catch (...) {
             w.results.assign(w.pack.size(), make_failure(failure_kind::thrown, 0, "unknown exception"));
-            w.renew(model);
+            w.renew();
         }
         finish(w, seconds_between(started, clock::now()));
     }

@@ -136,12 +136,13 @@ enum class fault_kind { none, decode_error, no_memory, throws, not_finite };
 
 class scheduler {
   public:
-    scheduler(llama_model * model, limits bounds);
+    explicit scheduler(limits bounds);
     ~scheduler();
 
     // Start a worker on a context, which stays the caller's to free, after close(). `params` makes
-    // another one, should this one's state be in doubt.
-    void add_worker(llama_context * context, llama_context_params params);
+    // another one of `model`, should this one's state be in doubt. Models may differ in where they lie,
+    // and in nothing else.
+    void add_worker(llama_model * model, llama_context * context, llama_context_params params);
 
     // Queue texts of a job. `chunk` must hold items with owner, index, first, n_tokens, row set.
     // Returns false if the scheduler is closed or the job has failed or was cancelled.
@@ -197,8 +198,6 @@ class scheduler {
     void wake_producers();                                       // [mutex]
     void stop_if_unwanted(worker & w);                           // [mutex]
     fault_kind next_fault();
-
-    llama_model * const model;
 
     std::mutex              mutex;
     std::condition_variable work;     // workers: something waits, or stop

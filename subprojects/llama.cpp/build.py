@@ -1,4 +1,4 @@
-"""Build llama.cpp's static archives with its own CMake, and keep them for the next build.
+"""Build llama.cpp's libraries with its own CMake, and keep them for the next build.
 
 Meson calls this from a custom target. A finished build is kept in the user's cache under a key of
 everything that shapes it, so that a fresh clone or virtual environment costs seconds; without that
@@ -42,7 +42,20 @@ def cmake_options(args: argparse.Namespace) -> dict[str, str]:
         "LLAMA_BUILD_IS_DEV": "OFF",
         "LLAMA_OPENSSL": "OFF",
     }
-    if args.native == "OFF":
+    if args.portable:
+        options |= {
+            "BUILD_SHARED_LIBS": "ON",
+            "GGML_NATIVE": "OFF",
+            "GGML_BACKEND_DL": "ON",
+            "GGML_CPU_ALL_VARIANTS": "ON",
+            # A wheel holds no links, so no libllama.so.0; and its libraries find each other.
+            "CMAKE_PLATFORM_NO_VERSIONED_SONAME": "ON",
+            "CMAKE_BUILD_WITH_INSTALL_RPATH": "ON",
+            "CMAKE_INSTALL_RPATH": "$ORIGIN",
+            "CMAKE_SHARED_LINKER_FLAGS": "-Wl,-Bsymbolic",
+            "CMAKE_PROJECT_INCLUDE": str(Path(__file__).resolve().with_name("names.cmake")),
+        }
+    elif args.native == "OFF":
         options |= {f"GGML_{feature}": "ON" for feature in PORTABLE_X86}
     for part in ("COMMON", "TESTS", "TOOLS", "EXAMPLES", "SERVER", "APP"):
         options[f"LLAMA_BUILD_{part}"] = "OFF"
@@ -50,6 +63,10 @@ def cmake_options(args: argparse.Namespace) -> dict[str, str]:
         options[f"GGML_{backend.upper()}"] = "ON" if backend in args.backend else "OFF"
     if "blas" in args.backend:
         options["GGML_BLAS_VENDOR"] = "OpenBLAS"  # what meson.build links
+    if "cuda" in args.backend:
+        # Virtual memory needs the driver's library at load: without it, and so without a GPU, not
+        # even the CPU could be used.
+        options["GGML_CUDA_NO_VMM"] = "ON"
     if "metal" in args.backend:
         options["GGML_METAL_EMBED_LIBRARY"] = "ON"
     return options
@@ -102,14 +119,15 @@ def build(options: dict[str, str], extra: list[str], scratch: Path, downloads: P
     configure = ["cmake", "-S", source, "-B", binary, "-G", "Ninja"]
     configure += [f"-D{name}={value}" for name, value in options.items()]
     configure += extra  # the last one wins
-    for command in (configure, ["cmake", "--build", binary, "--target", "llama"]):
+    targets = ["llama"] if options["BUILD_SHARED_LIBS"] == "OFF" else ["llama", "all"]
+    for command in (configure, ["cmake", "--build", binary, "--target", *targets]):
         if subprocess.run(command, check=False).returncode:
             sys.exit(f"llama.cpp: CMake failed: {' '.join(map(str, command[:5]))} ...")
 
     staged = scratch / "staged"
     shutil.rmtree(staged, ignore_errors=True)
     (staged / "include").mkdir(parents=True)
-    for pattern in ("*.a", "*.lib"):
+    for pattern in ("*.a", "*.lib", "*.so"):
         for archive in binary.rglob(pattern):
             shutil.copy2(archive, staged)
     for folder in ("include", "ggml/include"):
@@ -125,7 +143,9 @@ def build(options: dict[str, str], extra: list[str], scratch: Path, downloads: P
         "COMMIT": fetch.PIN["commit"],
         "OPTIONS": " ".join(said(options, extra)),
     }
+    plugins = int(options.get("GGML_BACKEND_DL") == "ON")
     lines = [f"#define LLAMACRAB_LLAMA_{k} {json.dumps(v)}\n" for k, v in definitions.items()]
+    lines.append(f"#define LLAMACRAB_LLAMA_PLUGINS {plugins}\n")
     (staged / "llamacrab_llama_build.h").write_text("".join(lines))
     return staged
 
@@ -160,6 +180,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--native", choices=("ON", "OFF"), required=True)
+    parser.add_argument("--portable", action="store_true")
     parser.add_argument("--openmp", choices=("ON", "OFF"), required=True)
     parser.add_argument("--backend", action="append", default=[])
     parser.add_argument("--cmake-arg", action="append", default=[])

@@ -1,0 +1,1 @@
+"""llamacrab across its own commits; see docs/benchmarks.md."""

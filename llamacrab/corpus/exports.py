@@ -1,0 +1,115 @@
+"""A finished job's shards as one database or index.
+
+It is made from the shards, under another name, and renamed at the end: killed on the way, it is
+made again, and what is there is whole.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llamacrab._extras import require
+from llamacrab.corpus import shards
+from llamacrab.errors import CorpusError, InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+TABLE = "embeddings"
+# Rows that are read at once.
+BATCH = 16_384
+# Our dtypes as usearch calls them.
+USEARCH_TYPES = {"float32": "f32", "float16": "f16", "ubinary": "b1"}
+
+
+def check(path: Path, *, format: str, dtype: str) -> None:
+    """Refuse, before any work is done, what could not be exported at its end.
+
+    Raises
+    ------
+    InputError
+        The kind of file is not known, or does not go with the format or dtype.
+    MissingExtraError
+        A package is not installed.
+    """
+    if path.suffix not in _WRITERS:
+        raise InputError(
+            f"cannot export to {path}: known are files that end in {', '.join(_WRITERS)}"
+        )
+    if format not in ("parquet", "arrow"):
+        raise InputError(f"shards in {format} cannot be exported; take format='parquet'")
+    package = _WRITERS[path.suffix][0]
+    require(package, extra="indexes")
+    if package == "usearch" and dtype not in USEARCH_TYPES:
+        raise InputError(f"usearch takes dtype {', '.join(USEARCH_TYPES)}, not {dtype!r}")
+
+
+def write(folder: Path, files: list[str], path: Path) -> None:
+    """Export the rows of these shards to `path`, in place of what is there."""
+    pa_dataset = require("pyarrow.dataset", extra="corpus")
+    kind = "ipc" if files and files[0].endswith(shards.FORMATS["arrow"]) else "parquet"
+    rows = pa_dataset.dataset([folder / name for name in files], format=kind)
+    partial = path.with_name(f".{path.name}.tmp{path.suffix}")
+    _remove(partial)
+    try:
+        _WRITERS[path.suffix][1](rows, partial)
+        _remove(path)
+        partial.replace(path)
+    finally:
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _write_duckdb(rows: Any, path: Path) -> None:
+    with require("duckdb", extra="indexes").connect(str(path)) as database:
+        database.register("rows", rows)
+        database.execute(f"CREATE TABLE {TABLE} AS SELECT * FROM rows")
+
+
+def _write_lancedb(rows: Any, path: Path) -> None:
+    database = require("lancedb", extra="indexes").connect(str(path))
+    database.create_table(TABLE, data=_batches(rows), schema=rows.schema)
+
+
+def _write_usearch(rows: Any, path: Path) -> None:
+    index = None
+    for batch in _batches(rows):
+        vectors = batch.column(shards.VECTOR)
+        width = vectors.type.list_size
+        array = vectors.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
+        if index is None:
+            index = _usearch_index(width, array.dtype)
+        index.add(batch.column(shards.ROW).to_numpy(), array)
+    if index is None:
+        raise CorpusError("there is no row to make an index of")
+    index.save(str(path))
+
+
+def _usearch_index(width: int, dtype: np.dtype) -> Any:
+    make = require("usearch.index", extra="indexes").Index
+    if dtype == np.uint8:  # bits, eight in each
+        return make(ndim=8 * width, metric="hamming", dtype="b1")
+    return make(ndim=width, metric="cos", dtype=USEARCH_TYPES[str(dtype)])
+
+
+def _batches(rows: Any) -> Iterator[Any]:
+    for batch in rows.to_batches(batch_size=BATCH):
+        if batch.num_rows:
+            yield batch
+
+
+_WRITERS = {
+    ".duckdb": ("duckdb", _write_duckdb),
+    ".lancedb": ("lancedb", _write_lancedb),
+    ".usearch": ("usearch", _write_usearch),
+}
