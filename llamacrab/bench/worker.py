@@ -49,6 +49,8 @@ def _about(cases: Cases) -> dict[str, Any]:
             "pack_tokens": llama.layout.pack_tokens,
             "flash_attn": llama.layout.flash_attn,
         },
+        "cpu_backend": model.cpu_backend,
+        "kernels": _core.kernels(),
         "llamacrab": __version__,
         "llama.cpp": _core.build_info(),
         "system_info": _core.system_info(),
