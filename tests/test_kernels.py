@@ -17,7 +17,8 @@ from helpers import (
     golden,
 )
 
-from llamacrab import Llama, ModelError, _core, fetch_default_model
+from llamacrab import Llama, _core, fetch_default_model
+from llamacrab.errors import ModelError
 
 pytestmark = pytest.mark.skipif(
     _core.kernels() is None, reason="built with the system's libllama, which leaves the kernels out"
@@ -57,7 +58,8 @@ def test_products_of_any_size_with_all_that_is_fused_into_them(kind, rows, k, m)
         # The variance of two values may be next to nothing, which a norm magnifies.
         if norm and m < 8:
             continue
-        assert check("linear", rows, k, m, kind, bias, act, residual, norm, 0) < TYPES[kind]
+        few = 20 if m < 8 else 1  # four values are no average
+        assert check("linear", rows, k, m, kind, bias, act, residual, norm, 0) < few * TYPES[kind]
 
 
 @pytest.mark.parametrize("act", [4, 6, 7, 8, 9, 10, 16])
@@ -77,7 +79,8 @@ def test_attention_under_every_mask_and_head_size(d, mask):
 
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 11, 12, 13, 31, 32, 33, 64, 200])
 def test_attention_over_texts_of_every_length(length):
-    for kind, least in ((NO_PRODUCT, 1e-8), (BF16, BF16_LOSS)):
+    # For few queries ggml sums in f16.
+    for kind, least in ((NO_PRODUCT, 1e-6), (BF16, BF16_LOSS)):
         assert check("attention", 32, 3, 3, 1, 0, 0, kind, length, 4, length) < least
 
 

@@ -297,6 +297,10 @@ double check_kernels(const std::string & kind, const std::vector<int> & n) {
     ggml_tensor *      out = build(ours);
     const backend      mine(ggml_backend_dev_init(device, nullptr), ggml_backend_free);
     const backend      cpu(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr), ggml_backend_free);
+    // ggml's threads spin while they wait for each other: one is faster for graphs as small as these.
+    const auto set_n_threads = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(
+        ggml_backend_dev_backend_reg(ggml_backend_get_device(cpu.get())), "ggml_backend_set_n_threads");
+    set_n_threads(cpu.get(), 1);
     ggml_backend_buffer_type_t type;
     {
         const loading_for scope(int8 ? cpu_backend::int8 : cpu_backend::llamacrab);
