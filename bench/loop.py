@@ -26,16 +26,19 @@ WORKLOADS = {"short": lambda: short(4000), "mixed": lambda: mixed(1000)}
 
 
 class Loop:
-    """A running `loop`, told to compute once by each call; a call returns its seconds."""
+    """A running `loop`, told to compute once by each call; a call returns its seconds.
 
-    def __init__(self, program: Path, texts: Path, *settings: int) -> None:
-        command = [program, fetch_default_model(), texts, *map(str, settings)]
+    Called with a path, it writes the vectors there.
+    """
+
+    def __init__(self, program: Path, model: Path, texts: Path, *settings: int) -> None:
+        command = [program, model, texts, *map(str, settings)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def __call__(self) -> float:
-        self._process.stdin.write("go\n")
+    def __call__(self, vectors: Path | str = "go") -> float:
+        self._process.stdin.write(f"{vectors}\n")
         self._process.stdin.flush()
         return float(self._process.stdout.readline())
 
@@ -59,7 +62,7 @@ def build(folder: Path) -> Path:
     return program
 
 
-def sweep(program: Path, texts: Path, quick: bool) -> tuple[int, ...]:
+def sweep(program: Path, model: Path, texts: Path, quick: bool) -> tuple[int, ...]:
     """Return the best settings of the loop: all are tried once, the best few again and again.
 
     Only those few are tried without flash attention: it is slower for all but small packs.
@@ -70,7 +73,7 @@ def sweep(program: Path, texts: Path, quick: bool) -> tuple[int, ...]:
     taken: dict[tuple[int, ...], float] = {}
 
     def run(settings: tuple[int, ...], times: int) -> float:
-        loop = Loop(program, texts, *settings)
+        loop = Loop(program, model, texts, *settings)
         taken[settings] = min(loop() for _ in range(times))
         loop.close()
         print(f"    {settings}: {taken[settings]:.2f} s, the best of {times}", flush=True)
@@ -93,13 +96,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="search less")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        program = build(Path(folder))
+        program, model = build(Path(folder)), fetch_default_model()
         for name in args.workload or WORKLOADS:
             texts = [text.replace("\n", " ") for text in WORKLOADS[name]()]
             path = Path(folder) / f"{name}.txt"
             path.write_text("\n".join(texts) + "\n", encoding="utf-8")
-            settings = sweep(program, path, args.quick)
-            loop = Loop(program, path, *settings)
+            settings = sweep(program, model, path, args.quick)
+            loop = Loop(program, model, path, *settings)
             with Llama() as llama:
                 runs = {
                     f"llamacrab {llama.layout}": lambda llama=llama, texts=texts: seconds(

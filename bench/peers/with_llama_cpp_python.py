@@ -1,0 +1,21 @@
+"""llama-cpp-python: `Llama.embed`, with `batch` texts a call; other settings are its keywords."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import llama_cpp
+import numpy as np
+
+
+class Peer:
+    def load(self, files: dict[str, str], *, batch: int = 1, **how: Any) -> str:
+        self._batch = batch
+        self._llama = llama_cpp.Llama(files["gguf bf16"], embedding=True, verbose=False, **how)
+        return f"llama-cpp-python {llama_cpp.__version__}"
+
+    def embed(self, texts: list[str]) -> np.ndarray:
+        rows = []
+        for i in range(0, len(texts), self._batch):
+            rows += self._llama.embed(texts[i : i + self._batch], normalize=True, truncate=True)
+        return np.array(rows, dtype=np.float32)
