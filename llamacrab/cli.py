@@ -66,7 +66,7 @@ _CPU_BACKEND = click.option(
     type=click.Choice(CPU_BACKENDS),
     default="auto",
     show_default=True,
-    help="Kernels on the CPU: llamacrab's own, or ggml's; int8: the former with products in 8 bits.",
+    help="Kernels on a CPU: llamacrab's own, or ggml's; int8: the former with 8-bit products.",
 )
 
 

@@ -309,12 +309,15 @@ class Calibration:
         return sum(worker["packs"] for worker in self._scheduler.stats()["workers"])
 
 
-def layouts(on_gpu: bool) -> Iterator[Layout]:
-    """Yield the layouts worth trying: the CPUs split into 1, 2, 4 ... contexts."""
+def layouts(on_gpu: bool, cpu_backend: str = "ggml") -> Iterator[Layout]:
+    """Yield the layouts worth trying: the CPUs split into 1, 2, 4 ... contexts.
+
+    llamacrab's own kernels have flash attention only.
+    """
     cpus = usable_cpus()
     n_contexts = cpus
     while n_contexts >= 1:
-        for flash_attn in (True, False):
+        for flash_attn in (True, False) if cpu_backend == "ggml" else (True,):
             yield Layout(n_contexts, max(1, cpus // n_contexts), 0, flash_attn)
         if on_gpu and n_contexts > 2:
             n_contexts = 2
@@ -348,7 +351,8 @@ def tune(
     packs = PACKS_GPU if on_gpu else PACKS_CPU
     rng = np.random.default_rng(0)
     limit = min(model.n_ctx_train, packs[-1])
-    most = max(layout.n_contexts for layout in layouts(on_gpu))
+    tried = list(layouts(on_gpu, model.cpu_backend))
+    most = max(layout.n_contexts for layout in tried)
     n_texts = _n_texts(packs[-1], most, n_tokens)
     lengths = rng.integers(max(1, n_tokens // 2), n_tokens * 3 // 2 + 1, size=n_texts)
     texts = [
@@ -356,7 +360,7 @@ def tune(
     ]
     table: list[Measurement] = []
     fits = {}
-    for layout in layouts(on_gpu):
+    for layout in tried:
         scheduler, fitting = _largest(model, layout, packs, limit)
         encoder = Encoder(model.vocab, limit=limit)
         given = [text[: fitting[-1]] for text in texts]

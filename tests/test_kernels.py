@@ -143,7 +143,7 @@ def test_every_kernel_set_that_this_cpu_runs(name):
         *(["linear", 29, 96, 70, kind, 1, GELU, 0, 0, 0] for kind in TYPES),
         *(["linear", 29, 96, 64, kind, 1, -1, 1, 1, 0] for kind in TYPES),
         ["linear", 29, 96, 64, BF16, 1, -1, 1, 1, 1],
-        *(["attention", 48, 4, 2, mask, 0, 0, kind, 7, 20, 1] for mask in range(6) for kind in TYPES),
+        *(["attention", 48, 4, 2, m, 0, 0, kind, 7, 20, 1] for m in range(6) for kind in TYPES),
         *(["layer", 64, 4, 96, kind, 1, 1, 0, 0, 0, 7, 20] for kind in TYPES),
         ["norm", 100, 9, 0, 1],
         ["pool", 33, 4, 9],

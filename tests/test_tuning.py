@@ -115,12 +115,14 @@ def test_tune_tries_every_layout_and_picks_the_fastest(monkeypatch):
     # Few sizes: two threads that share a pack crawl where something else wants the CPUs.
     monkeypatch.setattr(tuning, "PACKS_CPU", (64, 128, 256))
     seen = []
-    with Model(PATH) as model:
+    with Model(PATH, cpu_backend="ggml") as model:
         found = tuning.tune(model, seconds=0.01, report=seen.append)
     assert seen == found.table
     assert found.best == max(found.table, key=lambda one: one.tokens_per_second).layout
     assert {one.layout.pack_tokens for one in found.table} == set(tuning.PACKS_CPU)
     assert {one.layout.flash_attn for one in found.table} == {True, False}
+    ours = tuning.layouts(on_gpu=False, cpu_backend="llamacrab")  # which have flash attention only
+    assert {layout.flash_attn for layout in ours} == {True}
     assert {one.layout.n_contexts for one in found.table} >= {1, tuning.usable_cpus()}
 
 

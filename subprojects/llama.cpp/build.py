@@ -134,8 +134,8 @@ def build(options: dict[str, str], extra: list[str], scratch: Path, downloads: P
         for header in (source / folder).glob("*.h"):
             shutil.copy2(header, staged / "include")
     # What a ggml backend is written against; llamacrab/kernels is one.
-    for name in ("ggml-backend-impl.h", "ggml-impl.h"):
-        shutil.copy2(source / "ggml" / "src" / name, staged / "include")
+    for header in (source / "ggml" / "src").glob("ggml*-impl.h"):
+        shutil.copy2(header, staged / "include")
     shutil.copy2(source / "LICENSE", staged / "LICENSE.llama.cpp")
     definitions = {
         "SOURCE": f"{fetch.PIN['name']} {fetch.PIN['version']}",
