@@ -190,7 +190,11 @@ class Llama:
         given = tuning.Layout(n_contexts, n_threads, pack_tokens or n_ubatch, flash_attn)
         known = tuning.remembered(self.model, self._on_gpu)
         self.layout = tuning.choose(
-            known, on_gpu=self._on_gpu, given=given, n_replicas=len(self._models)
+            known,
+            on_gpu=self._on_gpu,
+            given=given,
+            n_replicas=len(self._models),
+            cpu_backend=self.model.cpu_backend,
         )
         while True:
             try:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 # Guesses, where nothing has been measured.
 PACK_TOKENS_CPU = 192
+PACK_TOKENS_KERNELS = 512  # attention that takes each text by itself does not mind large packs
 PACK_TOKENS_GPU = 4096
 # More contexts than this cost memory that a guess should not take.
 N_CONTEXTS_MAX = 16
@@ -123,7 +124,14 @@ def has_gpu(names: Sequence[str] | None = None) -> bool:
 # ------------------------------------------------------------------------------------ choosing
 
 
-def choose(known: Layout | None, *, on_gpu: bool, given: Layout, n_replicas: int = 1) -> Layout:
+def choose(
+    known: Layout | None,
+    *,
+    on_gpu: bool,
+    given: Layout,
+    n_replicas: int = 1,
+    cpu_backend: str = "ggml",
+) -> Layout:
     """Return the layout to use: what was given wins, then what is known, then a guess.
 
     It is that of each replica; they share the CPUs.
@@ -141,10 +149,11 @@ def choose(known: Layout | None, *, on_gpu: bool, given: Layout, n_replicas: int
             known.flash_attn if given.flash_attn == "auto" else given.flash_attn,
         ),
         n_replicas=n_replicas,
+        cpu_backend=cpu_backend,
     )
 
 
-def guess(*, on_gpu: bool, given: Layout, n_replicas: int = 1) -> Layout:
+def guess(*, on_gpu: bool, given: Layout, n_replicas: int = 1, cpu_backend: str = "ggml") -> Layout:
     """Return a layout made of what was given and, for the rest, what is usually good.
 
     On a CPU that is one thread a context: threads that share a pack wait for each other at every
@@ -154,11 +163,12 @@ def guess(*, on_gpu: bool, given: Layout, n_replicas: int = 1) -> Layout:
     n_contexts = given.n_contexts or (
         1 if on_gpu else max(1, min(N_CONTEXTS_MAX, cpus // (given.n_threads or 1)))
     )
+    usual = PACK_TOKENS_CPU if cpu_backend == "ggml" else PACK_TOKENS_KERNELS
     return replace(
         given,
         n_contexts=n_contexts,
         n_threads=given.n_threads or max(1, cpus // n_contexts),
-        pack_tokens=given.pack_tokens or (PACK_TOKENS_GPU if on_gpu else PACK_TOKENS_CPU),
+        pack_tokens=given.pack_tokens or (PACK_TOKENS_GPU if on_gpu else usual),
     )
 
 

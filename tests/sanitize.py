@@ -1,10 +1,12 @@
 """Build llamacrab with a sanitizer, and run `stress.py` under it.
 
-    python tests/sanitize.py thread|address [--seconds 60]
+    python tests/sanitize.py thread|address [--seconds 60] [--kernels]
 
 Under ThreadSanitizer llama.cpp is instrumented as well: it must see both sides of a race. Under
 AddressSanitizer only our own code is, which makes the build short; what llama.cpp allocates is
 watched all the same where we touch it.
+
+With ``--kernels`` it runs `test_kernels.py` instead, for each set of kernels that this CPU can run.
 
 Needs a compiler with its sanitizers, and what a build needs. ThreadSanitizer also wants a fixed
 layout of memory, so the process is started through `setarch -R`.
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import venv
+from collections.abc import Iterator
 from pathlib import Path
 
 # Reports that say nothing of us: glibc frees the thread-local memory of a thread that has ended
@@ -70,10 +73,25 @@ def _find(library: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
+def stress(seconds: float) -> Iterator[tuple[str, dict[str, str], list[str]]]:
+    """Yield what to run: a title, variables of the environment, arguments of Python."""
+    for n_threads in (1, 2):
+        command = [str(ROOT / "tests" / "stress.py"), "--seconds", str(seconds)]
+        yield f"{n_threads} threads a context", {}, [*command, "--threads", str(n_threads)]
+
+
+def kernels() -> Iterator[tuple[str, dict[str, str], list[str]]]:
+    """Yield the same for the tests of the kernels."""
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests/test_kernels.py")]
+    for name in ("plain", "avx2", "avx512_bf16"):
+        yield f"kernels {name}", {"LLAMACRAB_KERNELS": name}, command
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("sanitizer", choices=OPTIONS)
     parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--kernels", action="store_true", help="the tests of the kernels instead")
     args = parser.parse_args()
     kind = OPTIONS[args.sanitizer]
     # libstdc++ too: AddressSanitizer looks for what throws exceptions when the process starts.
@@ -89,11 +107,11 @@ def main() -> None:
             kind["variable"]: f"{kind['options']} suppressions={suppressions}",
         }
         status = 0
-        for n_threads in (1, 2):
-            command = ["setarch", platform.machine(), "-R", python, ROOT / "tests" / "stress.py"]
-            command += ["--seconds", str(args.seconds), "--threads", str(n_threads)]
-            run = subprocess.run(command, env=environment, cwd=folder, check=False)
-            print(f"{args.sanitizer}, {n_threads} threads a context: exit code {run.returncode}")
+        runs = kernels() if args.kernels else stress(args.seconds)
+        for title, more, command in runs:
+            whole = ["setarch", platform.machine(), "-R", python, *command]
+            run = subprocess.run(whole, env=environment | more, cwd=folder, check=False)
+            print(f"{args.sanitizer}, {title}: exit code {run.returncode}", flush=True)
             status = status or run.returncode
     sys.exit(status)
 

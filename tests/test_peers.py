@@ -41,9 +41,9 @@ def test_two_llamacrabs_beside_each_other_from_the_command_line(tmp_path):
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     short = json.loads((tmp_path / "found.json").read_text())["workloads"]["short"]
-    assert set(short["peers"]) == {"llamacrab", "f32"}
+    assert set(short["peers"]) >= {"llamacrab", "f32", "llamacrab int8"}
     for peer in short["peers"].values():
-        assert peer["cosine"]["least"] > 0.999
+        assert peer["cosine"]["least"] > 0.995
         assert len(peer["rates"]) == 3
         assert min(peer["rates"]) > 0
     assert "| **llamacrab** |" in run.stdout

@@ -10,6 +10,7 @@ import numpy as np
 from llamacrab.bench.statistics import Ratio, paired
 
 BASE = "llamacrab"
+OURS, OTHERS = "#c2452d", "#8c9aa8"
 WORKLOADS = {"short": "Short texts", "mixed": "Mixed texts"}
 LENGTHS = {"short": "of about 18 tokens", "mixed": "of 15 to 512 tokens, 139 on average"}
 
@@ -53,7 +54,7 @@ def tables(result: dict[str, Any]) -> str:
             ratio = ratios.get(peer)
             over = f"{ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f})" if ratio else ""
             cosine = found["cosine"]
-            label = f"**{peer}**" if peer == BASE else peer
+            label = f"**{peer}**" if peer.startswith(BASE) else peer
             lines.append(
                 f"| {label} | {_rate(found['rates'])} | {over} "
                 f"| {_cosine(cosine['least'])} | {_cosine(cosine['median'])} |"
@@ -68,6 +69,7 @@ def losses(result: dict[str, Any]) -> str:
     for name, workload in result["workloads"].items():
         ratios = _ratios(workload)
         where = WORKLOADS.get(name, name)
+        ratios = {peer: r for peer, r in ratios.items() if not peer.startswith(BASE)}
         faster = sorted((r.value, peer) for peer, r in ratios.items() if r.is_below(1))
         for value, peer in faster:
             cosine = workload["peers"][peer]["cosine"]["least"]
@@ -116,7 +118,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         rates = [peer["rates"] for _, peer in shown]
         middle = np.array([np.median(each) for each in rates])
         spread = [middle - [min(each) for each in rates], [max(each) for each in rates] - middle]
-        colours = ["#c2452d" if label == BASE else "#8c9aa8" for label, _ in shown]
+        colours = [OURS if label.startswith(BASE) else OTHERS for label, _ in shown]
         axis.barh([label for label, _ in shown], middle, xerr=spread, color=colours, ecolor="#333")
         axis.set_title(f"{WORKLOADS.get(name, name)} {LENGTHS.get(name, '')}", fontsize=10)
         axis.set_xlabel("texts/s")

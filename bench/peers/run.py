@@ -52,6 +52,8 @@ class Peer:
         More of them, which go with the texts of a workload.
     is_ours : bool
         Whether it runs where llamacrab is installed, not where the peers are.
+    needs_gpu : bool
+        Whether it is left out unless `--only` names it.
     floor : float
         The least cosine to the reference that is taken for the same vectors.
     """
@@ -61,6 +63,7 @@ class Peer:
     load: dict[str, Any] = field(default_factory=dict)
     embed: dict[str, dict[str, Any]] = field(default_factory=dict)
     is_ours: bool = False
+    needs_gpu: bool = False
     floor: float = 0.99
 
 
@@ -79,6 +82,12 @@ _ST_SAYS = f"{_CPUS} threads; it sorts; batches of 32 short texts, of 8 mixed on
 
 PEERS = {
     BASE: Peer("with_llamacrab.py", "what `Llama()` gives", is_ours=True),
+    f"{BASE} int8": Peer(
+        "with_llamacrab.py", '`cpu_backend="int8"`', {"cpu_backend": "int8"}, is_ours=True
+    ),
+    f"{BASE} on ggml's kernels": Peer(
+        "with_llamacrab.py", '`cpu_backend="ggml"`', {"cpu_backend": "ggml"}, is_ours=True
+    ),
     "C++ loop": Peer("with_loop.py", "searched on this machine", is_ours=True),
     "llama-cpp-python defaults": Peer("with_llama_cpp_python.py", "bf16; one text a call"),
     "llama-cpp-python best": Peer(
@@ -103,6 +112,13 @@ PEERS = {
         _ST_SAYS,
         {"dtype": "bfloat16", "n_threads": _CPUS},
         _ST_BATCH,
+    ),
+    "sentence-transformers fp16 on the GPU": Peer(
+        "with_sentence_transformers.py",
+        "batches of 256 short texts, of 64 mixed ones",
+        {"dtype": "float16", "n_threads": _CPUS, "device": "cuda"},
+        {"short": {"batch": 256}, "mixed": {"batch": 64}},
+        needs_gpu=True,
     ),
     "ONNX Runtime fp32": Peer("with_onnxruntime.py", _ORT_SAYS, {"graph": "plain", **_ORT}),
     "ONNX Runtime int8": Peer(
@@ -323,7 +339,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--only", action="append", help="peers with this in their names, and llamacrab"
+        "--only", action="append", metavar="NAME", help="peers called so, and llamacrab; repeatable"
     )
     parser.add_argument("--workload", action="append", choices=["short", "mixed"])
     parser.add_argument(
@@ -357,7 +373,11 @@ def main() -> None:
         peers |= {
             name: peer
             for name, peer in PEERS.items()
-            if not args.only or any(part.lower() in name.lower() for part in args.only)
+            if (
+                any(part.lower() in name.lower() for part in args.only)
+                if args.only
+                else not peer.needs_gpu
+            )
         }
         n = {"short": args.texts, "mixed": max(1, args.texts * 3 // 20)}
         texts = {name: getattr(workloads, name)(n[name]) for name in args.workload or n}

@@ -11,10 +11,12 @@ import torch
 
 
 class Peer:
-    def load(self, files: dict[str, str], *, dtype: str, n_threads: int) -> str:
+    def load(
+        self, files: dict[str, str], *, dtype: str, n_threads: int, device: str = "cpu"
+    ) -> str:
         torch.set_num_threads(n_threads)
         self._model = sentence_transformers.SentenceTransformer(
-            files["folder"], device="cpu", model_kwargs={"dtype": getattr(torch, dtype)}
+            files["folder"], device=device, model_kwargs={"dtype": getattr(torch, dtype)}
         )
         self._model.max_seq_length = 512  # as much as the model can, like all others
         return f"sentence-transformers {sentence_transformers.__version__}"
@@ -27,4 +29,4 @@ class Peer:
             show_progress_bar=False,
             convert_to_tensor=True,
         )
-        return found.float().numpy()
+        return found.float().cpu().numpy()
