@@ -11,7 +11,8 @@ namespace llamacrab {
 
 // Rows of a product that are computed before their norm: a multiple of every tile that fits in L2 beside the
 // weights of a panel.
-constexpr int rows_a_block = 96;
+constexpr int rows_a_block  = 96;
+constexpr int bytes_of_rows = 400000;
 
 char * graph_runner::memory::grow(size_t bytes) {
     if (bytes > size) {
@@ -117,6 +118,9 @@ void graph_runner::run_linear(const step & s) {
     uint16_t * y_bf16 = s.bf16 != no_slot ? (uint16_t *) slot_data(s.bf16) : nullptr;
     // A thread takes whole tiles; few rows are shared out by one tile each.
     int block = rows_a_block;
+    if (!s.has_tail()) {  // nothing goes through scratch: as many rows as leave room in L2, for each panel is read again
+        block *= std::max(1, bytes_of_rows / (2 * a.k * rows_a_block));
+    }
     if (n_threads > 1) {
         const int share = (n + n_threads - 1) / n_threads;
         block           = std::min(block, (share + set.tile - 1) / set.tile * set.tile);

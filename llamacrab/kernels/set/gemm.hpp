@@ -86,16 +86,19 @@ LC_INLINE void product_pairs(const uint16_t * w, const float * x, size_t ldx, in
 }
 
 #if defined(__AVX512BF16__)
-// With WIDE false only the first 16 columns.
+// With WIDE false only the first 16 columns. `ahead`, if not null, is brought into L2: a line for every 8 of k.
 template <int NT, bool WIDE = true>
 LC_INLINE void product_bf16(const uint16_t * w, const uint16_t * x, size_t ldx, int k, float * out,
-                           size_t ldo) {
+                           size_t ldo, const char * ahead = nullptr) {
     __m512 a[NT], b[NT];
 #pragma GCC unroll 12
     for (int t = 0; t < NT; t++) {
         a[t] = b[t] = _mm512_setzero_ps();
     }
     for (int i = 0; i < k; i += 2) {
+        if (ahead && i % 8 == 0) {
+            _mm_prefetch(ahead + (size_t) i * 8, _MM_HINT_T1);
+        }
         const __m512bh w0 = (__m512bh) _mm512_loadu_si512(w + (size_t) i * 32);
         const __m512bh w1 = (__m512bh) _mm512_loadu_si512(w + (size_t) i * 32 + 32);
 #pragma GCC unroll 12
@@ -121,7 +124,7 @@ LC_INLINE void product_bf16(const uint16_t * w, const uint16_t * x, size_t ldx, 
 
 // Sums of uint8 times int8.
 template <int NT>
-LC_INLINE void product_int8(const int8_t * w, const uint8_t * x, size_t ldx, int k, int32_t * out) {
+LC_INLINE void product_int8(const int8_t * w, const uint8_t * x, size_t ldx, int k, int32_t * out, const char * ahead) {
 #if defined(__AVX512VNNI__)
     __m512i a[NT], b[NT];
 #pragma GCC unroll 12
@@ -129,6 +132,9 @@ LC_INLINE void product_int8(const int8_t * w, const uint8_t * x, size_t ldx, int
         a[t] = b[t] = _mm512_setzero_si512();
     }
     for (int i = 0; i < k; i += 4) {
+        if (ahead && i % 16 == 0) {
+            _mm_prefetch(ahead + (size_t) i * 4, _MM_HINT_T1);
+        }
         const __m512i w0 = _mm512_loadu_si512(w + (size_t) i * 32);
         const __m512i w1 = _mm512_loadu_si512(w + (size_t) i * 32 + 64);
 #pragma GCC unroll 12
@@ -146,6 +152,7 @@ LC_INLINE void product_int8(const int8_t * w, const uint8_t * x, size_t ldx, int
         _mm512_storeu_si512(out + t * panel_width + 16, b[t]);
     }
 #else
+    (void) ahead;
     std::memset(out, 0, NT * panel_width * sizeof(int32_t));
     for (int i = 0; i < k; i += 4) {
         for (int t = 0; t < NT; t++) {
@@ -243,15 +250,16 @@ LC_INLINE void finish(const linear_args & a, float * sums, int rows, int row, in
     }
 }
 
-template <int NT> LC_INLINE void product(const linear_args & a, const char * panel, int row, float * sums) {
+template <int NT>
+LC_INLINE void product(const linear_args & a, const char * panel, int row, float * sums, const char * ahead = nullptr) {
     switch (a.kind) {
         case packing::int8:
             return product_int8<NT>((const int8_t *) panel, (const uint8_t *) a.x + row * a.ldx, a.ldx, a.k,
-                                    (int32_t *) sums);
+                                    (int32_t *) sums, ahead);
 #if defined(__AVX512BF16__)
         case packing::bf16:
             return product_bf16<NT>((const uint16_t *) panel, (const uint16_t *) a.x + row * a.ldx, a.ldx, a.k, sums,
-                                     panel_width);
+                                     panel_width, ahead);
 #else
         case packing::bf16:
             return product_pairs<NT>((const uint16_t *) panel, (const float *) a.x + row * a.ldx, a.ldx, a.k, sums,
@@ -276,8 +284,11 @@ static void linear(const linear_args & a, int row0, int row1) {
     for (int column = 0; column < a.m; column += panel_width) {
         const char * panel = (const char *) a.w + column / panel_width * bytes;
         int          row   = row0;
-        for (; row + tile <= row1; row += tile) {
-            product<tile>(a, panel, row, sums);
+        // Panels lie one behind the other. While this one is multiplied the next comes out of memory, an eighth with
+        // each tile: else the first tile of each panel waits for it.
+        const char * ahead = panel + bytes;
+        for (; row + tile <= row1; row += tile, ahead += bytes / 8) {
+            product<tile>(a, panel, row, sums, ahead);
             finish(a, sums, tile, row, column);
         }
         while (row < row1) {
