@@ -93,6 +93,7 @@ cdef class Context:
         n_ubatch = n_ubatch or n_batch
         n_threads = n_threads or default_n_threads()
         _check_sizes(model, n_ctx, n_batch, n_ubatch, n_seq_max, n_threads)
+        _check_memory(n_ctx)
         # llama.cpp plans its memory for a full ubatch of n_seq_max equal sequences, and asserts
         # with pooling MEAN where they do not divide it evenly (llama_context::graph_reserve).
         n_ubatch = -(-n_ubatch // n_seq_max) * n_seq_max
@@ -371,6 +372,26 @@ cdef cbool _all_finite(const float *row, int n) noexcept nogil:
         if not isfinite(row[i]):
             return False
     return True
+
+
+# What llama.cpp notes of a cell of its cache: a position, two more numbers, the set of its sequences
+# (llama_kv_cells). All of it is written at once.
+cdef int64_t _CELL_BYTES = 4 + 4 + 8 + 32
+
+
+cdef int _check_memory(int64_t n_ctx) except -1:
+    """Refuse what would have the system end this process for lack of memory."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            kib = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+    except (OSError, ValueError, StopIteration):
+        return 0  # no Linux: the allocation itself will fail
+    if n_ctx * _CELL_BYTES > kib * 1024:
+        raise AllocationError(
+            f"n_ctx={n_ctx} needs {n_ctx * _CELL_BYTES >> 20} MiB for the table of cells alone; "
+            f"{kib >> 10} MiB are available"
+        )
+    return 0
 
 
 cdef int _check_sizes(Model model, int n_ctx, int n_batch, int n_ubatch, int n_seq_max,

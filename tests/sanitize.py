@@ -83,8 +83,9 @@ def stress(seconds: float) -> Iterator[tuple[str, dict[str, str], list[str]]]:
 def kernels() -> Iterator[tuple[str, dict[str, str], list[str]]]:
     """Yield the same for the tests of the kernels."""
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests/test_kernels.py")]
-    for name in ("plain", "avx2", "avx512_bf16"):
-        yield f"kernels {name}", {"LLAMACRAB_KERNELS": name}, command
+    tiny = ["-k", "not minilm and not threads_of and not two_backends and not longer_than"]
+    for name, some in (("plain", tiny), ("avx2", tiny), ("avx512_bf16", [])):
+        yield f"kernels {name}", {"LLAMACRAB_KERNELS": name}, command + some
 
 
 def main() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import gguf
 import numpy as np
 import pytest
@@ -171,6 +174,18 @@ def test_sizes_that_no_memory_can_hold_are_an_allocation_error(load, name):
     with pytest.raises(MemoryError, match=r"n_ubatch=1048576.*allocate") as info:
         Context(load(name).model, n_ubatch=2**20)
     assert isinstance(info.value, errors.AllocationError)
+
+
+def test_a_context_whose_table_of_cells_no_memory_can_hold_is_refused_before_it_is_filled(load):
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        pytest.skip("this system does not say how much memory is available")
+    available = 1024 * int(re.search(r"MemAvailable: +(\d+)", meminfo.read_text())[1])
+    n_ctx = min(2**30, available // 40)  # a cell takes 48 bytes
+    if n_ctx == 2**30:
+        pytest.skip("this machine can hold the largest table")
+    with pytest.raises(errors.AllocationError, match=rf"n_ctx={n_ctx} needs \d+ MiB"):
+        Context(load("tiny-llama").model, n_ctx=n_ctx, n_batch=64, n_ubatch=64)
 
 
 @pytest.mark.parametrize("path", [None, 3, object(), [1]])

@@ -17,8 +17,10 @@ export CUDAARCHS=${CUDAARCHS:-90}
 python3 -m venv "$work/venv"
 pip=$work/venv/bin/pip
 nvcc=$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)
-toolkit=$(cd "$(dirname "$(readlink -f "$nvcc")")/.." && pwd)
+# What is called nvcc may be a script: ask where the compiler lies.
+toolkit=$(dirname "$("$nvcc" -dryrun -x cu -E /dev/null 2>&1 | sed -n 's/.*_HERE_=//p')")
 args=(-Csetup-args=-Dcuda=enabled)
+found=()
 if [ ! -e "$toolkit/lib64/libcublas.so" ]; then
   # A toolkit that has it: links to this one's files, and to the package's, which stays installed beside
   # llamacrab, where the extension looks for it.
@@ -28,12 +30,14 @@ if [ ! -e "$toolkit/lib64/libcublas.so" ]; then
   blas=$(dirname "$(find "$site/nvidia" -name cublas_v2.h | head -n 1)")/..
   whole=$work/toolkit
   rm -rf "$whole"
-  cp -rs "$toolkit" "$whole"
+  cp -rsL "$toolkit" "$whole"
   cp -rsf "$blas/include/." "$whole/include"
   for name in cublas cublasLt; do
-    ln -sf "$(find "$(cd "$blas/lib" && pwd)" -name "lib$name.so.*" | head -n 1)" "$whole/lib64/lib$name.so"
-    args+=("-Csetup-args=-Dllama-cmake-args=-DCUDA_${name}_LIBRARY=$whole/lib64/lib$name.so")
+    library=$(find "$(cd "$blas/lib" && pwd)" -name "lib$name.so.*" | head -n 1)
+    for folder in "$whole/lib64" "$whole"/targets/*/lib; do ln -sf "$library" "$folder/lib$name.so"; done
+    found+=("-DCUDA_${name}_LIBRARY=$library")
   done
+  args+=("-Csetup-args=-Dllama-cmake-args=$(IFS=,; echo "${found[*]}")")
   export CUDA_PATH=$whole CPATH=$whole/include${CPATH:+:$CPATH} LIBRARY_PATH=$whole/lib64${LIBRARY_PATH:+:$LIBRARY_PATH}
 fi
 
