@@ -99,6 +99,8 @@ class Model:
     @property
     def path(self) -> str: ...
     @property
+    def device(self) -> str | None: ...
+    @property
     def cpu_backend(self) -> str: ...
     @property
     def closed(self) -> bool: ...
@@ -239,7 +241,7 @@ class Scheduler:
         self,
         model: Model,
         *,
-        replicas: Sequence[Model] = (),
+        replicas: Sequence[tuple[Model, dict[str, Any]]] = (),
         n_contexts: int,
         pack_tokens: int,
         queue_tokens: int = 0,

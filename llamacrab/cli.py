@@ -456,6 +456,7 @@ def convert_command(folder: Path, output: Path, outtype: str) -> None:
 )
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the table into this file.")
 @click.option("--n-gpu-layers", type=int, default=-1, help="Layers on GPUs; -1: all.")
+@click.option("--device", metavar="NAME", help="Tune for `Llama(devices=[NAME])`.")
 @_CPU_BACKEND
 def tune_command(
     path: Path | None,
@@ -463,10 +464,11 @@ def tune_command(
     seconds: float,
     plot: Path | None,
     n_gpu_layers: int,
+    device: str | None,
     cpu_backend: str,
 ) -> None:
     """Measure contexts, threads, flash attention and packs for MODEL, and remember the best."""
-    on_gpu = n_gpu_layers != 0 and tuning.has_gpu()
+    on_gpu = n_gpu_layers != 0 and tuning.has_gpu(device and [device])
 
     def report(one: tuning.Measurement) -> None:
         layout = one.layout
@@ -476,7 +478,9 @@ def tune_command(
         )
 
     click.echo("contexts threads flash_attn pack_tokens  tokens/s")
-    with Model(resolve(path), n_gpu_layers=n_gpu_layers, cpu_backend=cpu_backend) as model:
+    with Model(
+        resolve(path), n_gpu_layers=n_gpu_layers, device=device, cpu_backend=cpu_backend
+    ) as model:
         found = tuning.tune(model, on_gpu=on_gpu, n_tokens=length, seconds=seconds, report=report)
         tuning.remember(model, on_gpu, found.best)
     for (n_contexts, n_threads, flash_attn), (a, b, c) in found.fits.items():

@@ -186,16 +186,25 @@ class Llama:
         ]
         self.model = self._models[0]
         n_ctx = n_ctx or min(self.model.n_ctx_train, N_CTX_DEFAULT_MAX)
-        self._on_gpu = n_gpu_layers != 0 and tuning.has_gpu(devices)
+        on_gpu = [
+            n_gpu_layers != 0 and tuning.has_gpu(devices and [device])
+            for device in (devices or (None,))
+        ]
+        self._on_gpu = on_gpu[0]
         given = tuning.Layout(n_contexts, n_threads, pack_tokens or n_ubatch, flash_attn)
-        known = tuning.remembered(self.model, self._on_gpu)
-        self.layout = tuning.choose(
-            known,
-            on_gpu=self._on_gpu,
-            given=given,
-            n_replicas=len(self._models),
-            cpu_backend=self.model.cpu_backend,
-        )
+        known = [
+            tuning.remembered(model, gpu) for model, gpu in zip(self._models, on_gpu, strict=True)
+        ]
+        self.layouts = [
+            tuning.choose(
+                layout,
+                on_gpu=gpu,
+                given=given,
+                n_replicas=on_gpu.count(gpu),
+                cpu_backend=model.cpu_backend,
+            )
+            for model, gpu, layout in zip(self._models, on_gpu, known, strict=True)
+        ]
         while True:
             try:
                 self._scheduler = self._start(
@@ -210,12 +219,16 @@ class Llama:
                 break
             except AllocationError:
                 # A GPU may have no room for a pack that others have room for.
-                if given.pack_tokens or self.layout.pack_tokens <= tuning.PACK_TOKENS_CPU:
+                most = max(layout.pack_tokens for layout in self.layouts)
+                if given.pack_tokens or most <= tuning.PACK_TOKENS_CPU:
                     raise
-                self.layout = replace(self.layout, pack_tokens=self.layout.pack_tokens // 2)
+                self.layouts = [
+                    replace(layout, pack_tokens=min(layout.pack_tokens, most // 2))
+                    for layout in self.layouts
+                ]
         self._limit = min(n_ctx, self._scheduler.context.n_tokens_max)
         # Explicit sizes are kept; so is what has been measured before.
-        may_tune = known is None and not (given.pack_tokens or deterministic or devices)
+        may_tune = known == [None] and not (given.pack_tokens or deterministic or devices)
         self._calibration = tuning.Calibration(self._scheduler) if may_tune else None
         self.prompts = prompts_of(self.model.metadata)
         self._plans: dict[str, Plan] = {}
@@ -223,26 +236,33 @@ class Llama:
         if self.pooling_type == PoolingType.RANK:
             warn_of_wrong_scores(self.model)
 
+    @property
+    def layout(self) -> tuning.Layout:
+        """How the model is computed, on the first of its devices; `layouts` has all."""
+        return self.layouts[0]
+
     def _start(self, n_ctx: int, *, n_ubatch: int, n_seq_max: int, **how: Any) -> Scheduler:
-        """Return a scheduler for texts of up to `n_ctx` tokens, and packs as `layout` has them."""
-        layout = self.layout
-        n_ubatch = n_ubatch or max(n_ctx, layout.pack_tokens)
-        n_seq_max = n_seq_max or max(1, min(N_SEQ_MAX, layout.pack_tokens // 4))
-        return Scheduler(
-            self.model,
-            replicas=self._models[1:],
-            n_contexts=layout.n_contexts,
-            pack_tokens=layout.pack_tokens,
-            # The cells of a causal model hold a pack, and what its texts share, which is no more
-            # than a text; a model with a table of positions takes no more than it has.
-            n_ctx=n_ctx + (0 if self.model.has_position_table else layout.pack_tokens),
-            n_batch=max(n_ctx, n_ubatch, n_seq_max),
-            n_ubatch=n_ubatch,
-            n_seq_max=n_seq_max,
-            n_threads=layout.n_threads,
-            flash_attn=layout.flash_attn,
-            **how,
-        )
+        """Return a scheduler for texts of up to `n_ctx` tokens, and packs as `layouts` has them."""
+
+        def sizes(layout: tuning.Layout) -> dict[str, Any]:
+            ubatch = n_ubatch or max(n_ctx, layout.pack_tokens)
+            seqs = n_seq_max or max(1, min(N_SEQ_MAX, layout.pack_tokens // 4))
+            return {
+                "n_contexts": layout.n_contexts,
+                "pack_tokens": layout.pack_tokens,
+                # The cells of a causal model hold a pack, and what its texts share, which is no
+                # more than a text; a model with a table of positions takes no more than it has.
+                "n_ctx": n_ctx + (0 if self.model.has_position_table else layout.pack_tokens),
+                "n_batch": max(n_ctx, ubatch, seqs),
+                "n_ubatch": ubatch,
+                "n_seq_max": seqs,
+                "n_threads": layout.n_threads,
+                "flash_attn": layout.flash_attn,
+            }
+
+        first, *others = map(sizes, self.layouts)
+        replicas = list(zip(self._models[1:], others, strict=True))
+        return Scheduler(self.model, replicas=replicas, **first, **how)
 
     def close(self) -> None:
         """Stop all work at once and free the model; calls that are running raise `ClosedError`."""
@@ -798,7 +818,7 @@ class Llama:
             self._scheduler.pack_tokens = self.layout.pack_tokens
         elif n_done >= CALIBRATION_TEXTS and (found := calibration.step()):
             self._calibration = None
-            self.layout = replace(self.layout, pack_tokens=found)
+            self.layouts = [replace(self.layout, pack_tokens=found)]
             tuning.remember(self.model, self._on_gpu, self.layout)
 
     def _plan(self, how: EmbedOptions) -> Plan:

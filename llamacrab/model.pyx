@@ -76,6 +76,7 @@ cdef class Model:
     cdef _ModelHandle _handle
     cdef Vocab _vocab
     cdef readonly str path
+    cdef readonly object device  #: as given: the name of a device, or None
     cdef dict _metadata
     cdef frozenset _head_tensors
     cdef readonly str cpu_backend  #: "ggml", "llamacrab" or "int8"
@@ -93,6 +94,7 @@ cdef class Model:
         params.split_mode = <c.llama_split_mode>mode
         cdef c.ggml_backend_dev_t[2] chosen
         cdef bint has_gpu
+        self.device = device
         if device is None:
             has_gpu = _has_gpu()
         else:

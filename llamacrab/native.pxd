@@ -157,7 +157,6 @@ cdef extern from "native/scheduler.hpp" namespace "llamacrab" nogil:
     cppclass limits:
         int32_t pack_tokens
         int32_t pack_min
-        int32_t pack_texts
         int64_t queue_tokens
 
     cppclass worker_stats:
@@ -181,7 +180,8 @@ cdef extern from "native/scheduler.hpp" namespace "llamacrab" nogil:
     cppclass scheduler:
         scheduler(limits bounds) except +
         void add_worker(llama_model *model, llama_context *context,
-                        llama_context_params params) except +
+                        llama_context_params params, int32_t pack_tokens,
+                        int32_t pack_texts) except +
         cbool has_room(job &j, int64_t n_tokens) except +
         cbool admit(job &j, unique_ptr[chunk] texts) except +
         void seal(job &j) except +

@@ -46,6 +46,25 @@ cdef class _SchedulerHandle:
         return 0
 
 
+class _Place:
+    """A model on a device: how many contexts it has there, what they are made with, its packs."""
+
+    def __init__(self, Model model not None, *, int n_contexts, int pack_tokens, **how):
+        if not 1 <= n_contexts <= c.GGML_MAX_N_THREADS:  # each is a thread
+            raise ContextError(
+                f"n_contexts must be from 1 to {c.GGML_MAX_N_THREADS}, not {n_contexts}"
+            )
+        if pack_tokens < 1:
+            raise ContextError(f"pack_tokens must be at least 1, not {pack_tokens}")
+        cdef int n_seq_max = how.pop("n_seq_max", 1)
+        if model.is_causal and n_seq_max < c.llama_max_parallel_sequences():
+            n_seq_max += 1  # the last one keeps what texts share
+        if how.get("n_batch"):
+            how["n_batch"] = max(how["n_batch"], n_seq_max)
+        self.model, self.n_contexts, self.pack_tokens = model, n_contexts, pack_tokens
+        self.how = {**how, "n_seq_max": n_seq_max}
+
+
 cdef class Scheduler:
     """All texts of all callers of one model: a queue, and a worker thread for every context.
 
@@ -53,10 +72,11 @@ cdef class Scheduler:
     ----------
     model : Model
         The weights.
-    replicas : sequence of Model
-        The same on other devices.
+    replicas : sequence of (Model, dict)
+        The same on other devices. The dict holds what is different there: `n_contexts`,
+        `pack_tokens`, and any of `how`.
     n_contexts : int
-        Contexts of each replica, each with a worker.
+        Contexts, each with a worker.
     pack_tokens : int
         Tokens that a pack aims at.
     queue_tokens : int
@@ -73,16 +93,16 @@ cdef class Scheduler:
     cdef object _lock, _notifier, _watcher, __weakref__
     cdef Context _context
     cdef int64_t _queue_tokens
+    cdef int _most  # tokens that a pack may have
     cdef readonly bint deterministic
 
     def __init__(self, Model model not None, *, replicas=(), int n_contexts, int pack_tokens,
                  int64_t queue_tokens=0, bint deterministic=False, on_pack=None, **how):
         cdef _SchedulerHandle handle = _SchedulerHandle()
         cdef Context context
-        if not 1 <= n_contexts <= c.GGML_MAX_N_THREADS:  # each is a thread
-            raise ContextError(
-                f"n_contexts must be from 1 to {c.GGML_MAX_N_THREADS}, not {n_contexts}"
-            )
+        cdef int most
+        base = {"n_contexts": n_contexts, "pack_tokens": pack_tokens, **how}
+        places = [_Place(model, **base), *(_Place(one, **base | own) for one, own in replicas)]
         if queue_tokens < 0:
             raise ContextError(f"queue_tokens must not be negative, as {queue_tokens} is")
         self._lock = threading.Lock()
@@ -90,33 +110,34 @@ cdef class Scheduler:
         self._queue_tokens = queue_tokens
         handle.pid = os.getpid()
         handle.contexts = []
-        n_seq_max = how.pop("n_seq_max", 1)
-        if model.is_causal and n_seq_max < c.llama_max_parallel_sequences():
-            n_seq_max += 1  # the last one keeps what texts share
-        if how.get("n_batch"):
-            how["n_batch"] = max(how["n_batch"], n_seq_max)
+        wanted = []
         c.log_doubts(False)  # llamacrab/doubts.py says once what llama.cpp would say for each
         try:
             # In turn, so that the first free workers are those of different devices.
-            for _ in range(n_contexts):
-                for replica in (model, *replicas):
-                    handle.contexts.append(Context(replica, n_seq_max=n_seq_max, **how))
+            for turn in range(max(place.n_contexts for place in places)):
+                for place in places:
+                    if turn < place.n_contexts:
+                        handle.contexts.append(Context(place.model, **place.how))
+                        wanted.append(place.pack_tokens)
         finally:
             c.log_doubts(True)
-        self._context = handle.contexts[0]
-        if pack_tokens < 1:
-            raise ContextError(f"pack_tokens must be at least 1, not {pack_tokens}")
-        n_contexts = len(handle.contexts)
-        handle.ptr = new native.scheduler(self._limits(pack_tokens, n_contexts))
+        # The one that takes the shortest texts says which are too long.
+        self._context = min(handle.contexts, key=lambda one: one.n_tokens_max)
+        self._most = max(min(one.n_batch, one.n_ubatch) for one in handle.contexts)
+        n_workers = len(handle.contexts)
+        handle.ptr = new native.scheduler(self._limits(max(wanted), n_workers))
         try:
-            for context in handle.contexts:
+            for context, pack_tokens in zip(handle.contexts, wanted):
+                # Alone, a model may be told to take larger packs later on.
+                most = min(context.n_batch, context.n_ubatch)
                 handle.ptr.add_worker(
-                    context._handle.model.ptr, context._handle.ptr, context._params)
+                    context._handle.model.ptr, context._handle.ptr, context._params,
+                    min(most, pack_tokens) if replicas else most, self._pack_texts(context))
         except RuntimeError as error:  # the system gives no more threads
-            raise AllocationError(f"cannot start {n_contexts} threads: {error}") from None
+            raise AllocationError(f"cannot start {n_workers} threads: {error}") from None
         # The caller's thread splits texts into tokens, helped by as many as leave no CPU idle.
-        handle.crew = new native.crew(
-            max(0, min(n_contexts * max(1, how.get("n_threads", 1)), MAX_ENCODERS) - 1))
+        n_threads = sum(place.n_contexts * max(1, place.how.get("n_threads", 1)) for place in places)
+        handle.crew = new native.crew(max(0, min(n_threads, MAX_ENCODERS) - 1))
         self._handle = handle
         _open_schedulers.add(self)
         if on_pack is not None:
@@ -126,17 +147,17 @@ cdef class Scheduler:
 
     cdef native.limits _limits(self, int pack_tokens, int n_contexts):
         cdef native.limits bounds
-        most = min(self._context.n_batch, self._context.n_ubatch)
-        bounds.pack_tokens = max(1, min(pack_tokens, most))
+        bounds.pack_tokens = max(1, min(pack_tokens, self._most))
         # On a CPU a pack costs about as much as 120 tokens before its first token is computed.
         bounds.pack_min = min(128, bounds.pack_tokens)
-        bounds.pack_texts = self._context.n_seq_max
-        if self._context.has_memory and self._context.n_seq_max > 1:
-            bounds.pack_texts -= 1
-        if self.deterministic:
-            bounds.pack_texts = 1
         bounds.queue_tokens = self._queue_tokens or 32 * n_contexts * bounds.pack_tokens
         return bounds
+
+    cdef int _pack_texts(self, Context context):
+        """Return how many texts a context takes at once; a cache's last sequence is not for them."""
+        if self.deterministic:
+            return 1
+        return context.n_seq_max - (context.has_memory and context.n_seq_max > 1)
 
     cdef _SchedulerHandle handle(self):
         cdef _SchedulerHandle handle

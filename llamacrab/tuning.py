@@ -189,12 +189,14 @@ def content_key(path: Path, size: int = 1 << 20) -> str:
 def key(model: Model, on_gpu: bool) -> str:
     """Name what a measurement holds for: the model's content, the device, the build, the CPUs.
 
-    And the kernels: with those that take each text by itself larger packs are faster.
+    And the kernels: with those that take each text by itself larger packs are faster. A device
+    that was named has a measurement of its own.
     """
     digest = hashlib.sha256(content_key(Path(model.path)).encode())
     names = sorted(device["name"] + device["description"] for device in devices())
     info = build_info()
-    for part in (*names, info["commit"], info["options"], usable_cpus(), on_gpu, model.cpu_backend):
+    how = usable_cpus(), on_gpu, (model.device or "").lower(), model.cpu_backend
+    for part in (*names, info["commit"], info["options"], *how):
         digest.update(f"\0{part}".encode())
     return digest.hexdigest()[:32]
 

@@ -7,6 +7,7 @@ import pytest
 from helpers import DATA, TEXTS
 
 from llamacrab import Llama, Model, tuning
+from llamacrab._core import Encoder, Scheduler
 from llamacrab.tuning import Layout
 
 PATH = DATA / "tiny-bert.gguf"
@@ -101,6 +102,35 @@ def test_a_large_job_finds_and_remembers_its_pack_and_computes_nothing_else(way)
         assert 32 <= remembered.pack_tokens <= 512
     with Llama(PATH) as llama:
         assert llama.layout == remembered
+
+
+def test_a_device_has_a_measurement_of_its_own_and_packs_of_its_own_size():
+    with Model(PATH, device="cpu") as model, Model(PATH) as anywhere:
+        tuning.remember(model, False, Layout(2, 1, 64, True))
+        assert tuning.remembered(anywhere, False) is None
+    with Llama(PATH, devices=["CPU", "CPU"]) as llama:
+        assert [layout.pack_tokens for layout in llama.layouts] == [64, 64]
+        expected = llama.embed_texts(TEXTS, truncate=True)
+    # As if they were different devices.
+    how = {"n_ctx": 128, "n_batch": 512, "n_ubatch": 512, "n_seq_max": 64, "n_threads": 1}
+    with Model(PATH) as model, Model(PATH) as other:
+        small = {"n_contexts": 2, "pack_tokens": 32, "n_seq_max": 4}
+        how |= {"n_contexts": 1, "pack_tokens": 300}
+        scheduler = Scheduler(model, replicas=[(other, small)], **how)
+        encoder = Encoder(model.vocab, limit=128)
+        job = scheduler.job(encoder, len(TEXTS), dedup=False)
+        job.add([text[:60] for text in TEXTS])
+        job.seal()
+        job.wait()
+        packs = scheduler.recent_packs()
+        scheduler.close()
+    large = packs[packs["worker"] == 0]
+    rest = packs[packs["worker"] != 0]
+    assert len(np.unique(rest["worker"])) == 2
+    assert large["n_tokens"].max() > 64
+    assert rest["n_texts"].max() <= 4
+    assert rest[rest["n_texts"] > 1]["n_tokens"].max() <= 32
+    assert len(expected) == len(TEXTS)
 
 
 def test_a_small_job_measures_nothing():

@@ -107,6 +107,8 @@ struct scheduler::worker {
     llama_model *        model   = nullptr;
     llama_context *      context = nullptr;
     llama_context_params params;
+    int32_t              pack_tokens = 0;    // the most that this place takes, beside the scheduler's bounds
+    size_t               pack_texts  = 0;
     llama_context *      renewed = nullptr;  // a context that replaced the first one: ours to free
     llama_batch          batch;
     std::vector<item *>  pack;
@@ -162,9 +164,12 @@ scheduler::scheduler(limits b) : bounds(b) {}
 
 scheduler::~scheduler() { close(); }
 
-void scheduler::add_worker(llama_model * model, llama_context * context, llama_context_params params) {
+void scheduler::add_worker(llama_model * model, llama_context * context, llama_context_params params,
+                           int32_t pack_tokens, int32_t pack_texts) {
     auto     made = std::make_unique<worker>(int32_t(workers.size()), model, context, params);
     worker & w    = *made;
+    w.pack_tokens = pack_tokens;
+    w.pack_texts  = size_t(pack_texts);
     {
         std::lock_guard<std::mutex> hold(mutex);
         workers.push_back(std::move(made));
@@ -382,12 +387,13 @@ void scheduler::take_pack(worker & w) {
     const auto    n_workers = int64_t(workers.size());
     const int64_t share     = (n_waiting_tokens + n_workers - 1) / n_workers;
     const int64_t least     = n_idle ? bounds.pack_min / 2 : bounds.pack_min;
-    int64_t       room      = std::min<int64_t>(std::max(share, least), bounds.pack_tokens);
+    const int64_t most      = std::min(bounds.pack_tokens, w.pack_tokens);
+    int64_t       room      = std::min(std::max(share, least), most);
 
     // Every job heads a pack in its turn, so that a bulk job does not starve a single text. A job
     // whose next text did not fit keeps its place at the front.
     std::vector<job *> passed;
-    for (size_t turns = jobs.size(); turns > 0 && room > 0 && w.pack.size() < size_t(bounds.pack_texts); --turns) {
+    for (size_t turns = jobs.size(); turns > 0 && room > 0 && w.pack.size() < w.pack_texts; --turns) {
         job * j = jobs.front();
         jobs.pop_front();
         const size_t before = w.pack.size();
@@ -405,7 +411,7 @@ void scheduler::take_pack(worker & w) {
 }
 
 void scheduler::take_from(job & j, worker & w, int64_t & room) {
-    while (!j.waiting.empty() && w.pack.size() < size_t(bounds.pack_texts)) {
+    while (!j.waiting.empty() && w.pack.size() < w.pack_texts) {
         item * next = j.waiting.front();
         if (!w.pack.empty() && !share(*next, *w.pack.front())) {
             next->n_shared = 0;  // a pack rests on the shared ids of its first text, or on none

@@ -127,7 +127,6 @@ constexpr double norm_int16 = -16;       // the same, scaled to 32760: llama.cpp
 struct limits {
     int32_t pack_tokens  = 0;  // tokens that a pack aims at; a longer text is a pack of its own
     int32_t pack_min     = 0;  // a pack is cut to no fewer tokens to share the rest out; half, if any idle
-    int32_t pack_texts   = 0;  // texts that a context takes together
     int64_t queue_tokens = 0;  // tokens that may wait before a producer does
 };
 
@@ -141,8 +140,9 @@ class scheduler {
 
     // Start a worker on a context, which stays the caller's to free, after close(). `params` makes
     // another one of `model`, should this one's state be in doubt. Models may differ in where they lie,
-    // and in nothing else.
-    void add_worker(llama_model * model, llama_context * context, llama_context_params params);
+    // and in nothing else; a place may bear no more than `pack_tokens` and `pack_texts` at once.
+    void add_worker(llama_model * model, llama_context * context, llama_context_params params, int32_t pack_tokens,
+                    int32_t pack_texts);
 
     // Queue texts of a job. `chunk` must hold items with owner, index, first, n_tokens, row set.
     // Returns false if the scheduler is closed or the job has failed or was cancelled.
