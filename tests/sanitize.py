@@ -105,6 +105,7 @@ def main() -> None:
             **os.environ,
             "LD_PRELOAD": preloaded,
             "PYTHONMALLOC": "malloc",
+            "UBSAN_OPTIONS": "halt_on_error=1 exitcode=66",
             kind["variable"]: f"{kind['options']} suppressions={suppressions}",
         }
         status = 0
