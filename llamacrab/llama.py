@@ -130,6 +130,8 @@ class Llama:
         The weights, and the vocabulary as ``model.vocab``.
     prompts : dict of str to str
         The model's own prompts by name; empty where none are known.
+    layouts : list of llamacrab.tuning.Layout
+        How each of `devices` computes.
     layout : llamacrab.tuning.Layout
         Contexts, threads and tokens a pack that are in use.
 

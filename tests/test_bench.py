@@ -68,6 +68,14 @@ def test_two_sides_are_compared_round_by_round(tmp_path):
     assert report.table(result, ratios).splitlines()[-1].startswith("short ")
 
 
+def test_a_bench_is_drawn_with_a_bar_for_each_side(tmp_path):
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    result = bench.run(MODEL, against=MODEL, cases=["short", "long"], **QUICK)
+    report.plot(result, tmp_path / "bench.svg")
+    drawn = (tmp_path / "bench.svg").read_text()
+    assert all(f"<!-- {text} -->" in drawn for text in ("short", "long", "this", "tokens a second"))
+
+
 def faked(rates, gemm):
     case = {"rates": rates, "gemm": gemm, "n": 1, "n_tokens": 1}
     return {

@@ -71,7 +71,7 @@ def test_a_peer_that_fails_says_why(module, tmp_path):
 
 
 def test_the_page_says_who_is_faster_and_by_how_much(module, tmp_path):
-    pytest.importorskip("matplotlib", exc_type=ImportError)
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
     page = module("page")
     result = found({"llamacrab": [10.0, 11, 10], "fast": [20.0, 22, 20], "slow": [5.0, 5, 5]})
     page.write(result, tmp_path / "peers.md")
