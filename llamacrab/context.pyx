@@ -374,7 +374,7 @@ cdef cbool _all_finite(const float *row, int n) noexcept nogil:
     return True
 
 
-# What llama.cpp notes of a cell of its cache: a position, two more numbers, the set of its sequences
+# What llama.cpp notes of a cell of its cache: a position, some numbers, the set of its sequences
 # (llama_kv_cells). All of it is written at once.
 cdef int64_t _CELL_BYTES = 4 + 4 + 8 + 32
 

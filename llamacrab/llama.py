@@ -189,7 +189,7 @@ class Llama:
         self.model = self._models[0]
         n_ctx = n_ctx or min(self.model.n_ctx_train, N_CTX_DEFAULT_MAX)
         on_gpu = [
-            n_gpu_layers != 0 and tuning.has_gpu(devices and [device])
+            n_gpu_layers != 0 and tuning.has_gpu(None if device is None else [device])
             for device in (devices or (None,))
         ]
         self._on_gpu = on_gpu[0]

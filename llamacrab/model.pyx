@@ -293,7 +293,7 @@ cdef str _meta_string(_ModelHandle handle, int32_t i, bint value):
 
 
 cdef tuple _read_header(str path):
-    """Return the names of the tensors that shape how a model may be used; and if our kernels suit it.
+    """Return the tensors that shape how a model may be used, and whether our kernels suit it.
 
     llama.h does not tell whether a model has a rank head or a table of positions, and both decide
     what must be refused before llama.cpp asserts or returns something else.
@@ -368,8 +368,8 @@ cdef str _choose_backend(wanted, bint suits, bint on_gpu):
         raise ModelError(f"cpu_backend must be one of {', '.join(CPU_BACKENDS)}, not {wanted!r}")
     if wanted != "ggml" and native.kernels_name() == NULL:
         raise ModelError(
-            f"cpu_backend={wanted!r} needs llamacrab's own kernels, which a build with the system's "
-            "libllama does not have"
+            f"cpu_backend={wanted!r} needs llamacrab's own kernels, which a build with the "
+            "system's libllama does not have"
         )
     return wanted
 

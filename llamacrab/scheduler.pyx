@@ -136,7 +136,9 @@ cdef class Scheduler:
         except RuntimeError as error:  # the system gives no more threads
             raise AllocationError(f"cannot start {n_workers} threads: {error}") from None
         # The caller's thread splits texts into tokens, helped by as many as leave no CPU idle.
-        n_threads = sum(place.n_contexts * max(1, place.how.get("n_threads", 1)) for place in places)
+        n_threads = sum(
+            place.n_contexts * max(1, place.how.get("n_threads", 1)) for place in places
+        )
         handle.crew = new native.crew(max(0, min(n_threads, MAX_ENCODERS) - 1))
         self._handle = handle
         _open_schedulers.add(self)
@@ -154,7 +156,7 @@ cdef class Scheduler:
         return bounds
 
     cdef int _pack_texts(self, Context context):
-        """Return how many texts a context takes at once; a cache's last sequence is not for them."""
+        """Return how many texts a context takes; a cache's last sequence is not for them."""
         if self.deterministic:
             return 1
         return context.n_seq_max - (context.has_memory and context.n_seq_max > 1)
