@@ -203,6 +203,16 @@ def test_threads_of_a_context_do_not_change_vectors(n_threads):
     np.testing.assert_allclose(rows[n_threads], rows[1], atol=1e-6)
 
 
+def test_a_row_has_the_same_bits_whatever_it_is_packed_with():
+    with Llama(cpu_backend="llamacrab", n_threads=1) as llama:
+        # For packs of fewer tokens llama.cpp puts norms on ggml's code.
+        texts = [text for text in TEXTS if len(llama.model.vocab.tokenize(text)) >= 32]
+        packed = llama.embed_texts(texts, dedup=False)
+        single = np.stack([llama.embed(text) for text in texts])
+    assert len(texts) > 50
+    np.testing.assert_array_equal(packed, single)
+
+
 def test_two_backends_in_one_process_do_not_disturb_each_other():
     with (
         Llama(cpu_backend="ggml") as theirs,
