@@ -12,6 +12,7 @@ from llamacrab import _core
 
 __version__ = importlib.metadata.version("llamacrab")
 
+GPU_BACKENDS = ("CUDA", "METAL", "VULKAN")
 # What decides how fast ggml's CPU code can be; features that it never uses are not listed.
 # fmt: off
 CPU_FEATURES = (
@@ -56,11 +57,20 @@ def cpu_features() -> list[str]:
     return [feature for feature in CPU_FEATURES if feature in has]
 
 
+def _options(info: dict[str, str]) -> dict[str, str]:
+    return dict(pair.removeprefix("-D").split("=", 1) for pair in info["options"].split())
+
+
+def compiled_in(*backends: str) -> list[str]:
+    """Return which of these backends of ggml this build has."""
+    options = _options(_core.build_info())
+    return [name for name in backends if _on(options, name)]
+
+
 def show_versions() -> None:
     """Print what a bug report needs."""
     info = _core.build_info()
-    options = dict(pair.removeprefix("-D").split("=", 1) for pair in info["options"].split())
-    backends = [name for name in ("BLAS", "CUDA", "METAL", "VULKAN") if _on(options, name)]
+    options = _options(info)
     rows = {
         "llamacrab": __version__,
         "python": f"{platform.python_version()} ({sys.executable})",
@@ -68,7 +78,7 @@ def show_versions() -> None:
         "system": f"{platform.platform()}, {os.cpu_count()} CPUs, "
         f"{_core.default_n_threads()} usable",
         "llama.cpp": f"{info['version']} (commit {info['commit']}, from {info['source']})",
-        "backends": ", ".join(["CPU", *backends]),
+        "backends": ", ".join(["CPU", *compiled_in("BLAS", *GPU_BACKENDS)]),
         "kernels": _core.kernels() or "none: built with the system's libllama",
         "GGML_NATIVE": options.get("GGML_NATIVE", "unknown"),
         "build options": info["options"] or "unknown",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import TYPE_CHECKING
 
 from llamacrab._core import PoolingType, VocabType
+from llamacrab._versions import GPU_BACKENDS, compiled_in
+from llamacrab.tuning import has_gpu
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -16,6 +19,16 @@ _logger = logging.getLogger("llamacrab")
 
 # Without pooling and with the head nothing is pooled otherwise than the model was trained.
 _POOLED = (PoolingType.MEAN, PoolingType.CLS, PoolingType.LAST)
+
+
+@functools.cache
+def log_missing_gpu() -> None:
+    """Log, once, that a build for GPUs finds none."""
+    if (backends := compiled_in(*GPU_BACKENDS)) and not has_gpu():
+        _logger.warning(
+            "this build is for %s, but llama.cpp finds no such GPU here: the CPU computes",
+            " and ".join(backends),
+        )
 
 
 def log_doubts(model: Model, pooling_type: PoolingType, n_ctx: int) -> None:

@@ -13,7 +13,7 @@ from llamacrab import aio, tuning
 from llamacrab._core import Encoder, Job, Model, PoolingType, Scheduler, SplitMode
 from llamacrab._extras import require
 from llamacrab.default_model import resolve
-from llamacrab.doubts import log_doubts
+from llamacrab.doubts import log_doubts, log_missing_gpu
 from llamacrab.errors import (
     AllocationError,
     ClosedError,
@@ -234,6 +234,8 @@ class Llama:
         self._calibration = tuning.Calibration(self._scheduler) if may_tune else None
         self.prompts = prompts_of(self.model.metadata)
         self._plans: dict[str, Plan] = {}
+        if devices is None and n_gpu_layers != 0:
+            log_missing_gpu()
         log_doubts(self.model, self.pooling_type, n_ctx)
         if self.pooling_type == PoolingType.RANK:
             warn_of_wrong_scores(self.model)

@@ -54,8 +54,6 @@ class _Place:
             raise ContextError(
                 f"n_contexts must be from 1 to {c.GGML_MAX_N_THREADS}, not {n_contexts}"
             )
-        if pack_tokens < 1:
-            raise ContextError(f"pack_tokens must be at least 1, not {pack_tokens}")
         cdef int n_seq_max = how.pop("n_seq_max", 1)
         if model.is_causal and n_seq_max < c.llama_max_parallel_sequences():
             n_seq_max += 1  # the last one keeps what texts share
@@ -121,6 +119,8 @@ cdef class Scheduler:
                         wanted.append(place.pack_tokens)
         finally:
             c.log_doubts(True)
+        if min(wanted) < 1:
+            raise ContextError(f"pack_tokens must be at least 1, not {min(wanted)}")
         # The one that takes the shortest texts says which are too long.
         self._context = min(handle.contexts, key=lambda one: one.n_tokens_max)
         self._most = max(min(one.n_batch, one.n_ubatch) for one in handle.contexts)

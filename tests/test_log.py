@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 from helpers import gguf_path, python
 
-from llamacrab import Llama, Model, errors
+from llamacrab import Llama, Model, doubts, errors
 
 
 @contextlib.contextmanager
@@ -150,3 +150,21 @@ def test_one_thread_s_errors_are_not_in_another_s_exception(tmp_path):
         thread.join()
     assert [len(said) for said in messages] == [1] * 4
     assert len(set.union(*messages)) == 4
+
+
+def test_a_build_for_gpus_says_once_that_there_is_none(caplog, monkeypatch):
+    monkeypatch.setattr(doubts, "has_gpu", lambda: False)
+    monkeypatch.setattr(doubts, "compiled_in", lambda *backends: [*backends][:1])
+    doubts.log_missing_gpu.cache_clear()
+    with (
+        Llama(gguf_path("tiny-bert"), n_gpu_layers=0),
+        Llama(gguf_path("tiny-bert"), devices=["CPU"]),
+    ):
+        assert not caplog.records or "GPU" not in caplog.text
+    for _ in range(2):
+        Llama(gguf_path("tiny-bert")).close()
+    said = [one.getMessage() for one in caplog.records if "GPU" in one.getMessage()]
+    assert said == [
+        "this build is for CUDA, but llama.cpp finds no such GPU here: the CPU computes"
+    ]
+    doubts.log_missing_gpu.cache_clear()
