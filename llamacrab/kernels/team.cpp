@@ -16,7 +16,7 @@ void team::share(int n_threads, int n_items, const std::function<void(int, int)>
         stop = false;
         try {
             while ((int) threads.size() < n_threads - 1) {
-                threads.emplace_back([this, n = (int) threads.size() + 1] { serve(n); });
+                threads.emplace_back([this, n = (int) threads.size() + 1, now = round] { serve(n, now); });
             }
         } catch (const std::system_error &) {
             // The system gives no more: those that there are share the work.
@@ -42,8 +42,7 @@ void team::take(const std::function<void(int, int)> & work, int thread) {
     }
 }
 
-void team::serve(int thread) {
-    uint64_t                     seen = 0;
+void team::serve(int thread, uint64_t seen) {
     std::unique_lock<std::mutex> lock(mutex);
     while (true) {
         wake.wait(lock, [&] { return stop || round != seen; });

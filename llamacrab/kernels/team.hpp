@@ -19,7 +19,8 @@ class team {
     void share(int n_threads, int n_items, const std::function<void(int, int)> & work);
 
   private:
-    void serve(int thread);
+    // Take part in every round after `seen`.
+    void serve(int thread, uint64_t seen);
     void take(const std::function<void(int, int)> & work, int thread);
     void dismiss();
 
