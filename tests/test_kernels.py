@@ -129,6 +129,10 @@ def test_rotated_positions(neox):
         assert check("rope", d, 4, 10, dims, neox) < 1e-10
 
 
+def test_a_team_does_all_work_once_whatever_its_size_was_before():
+    assert check("team", 1, 2, 5, 3) == 0
+
+
 CHECKS = """
 import json, sys
 from llamacrab import _core

@@ -1,5 +1,6 @@
 #include "check.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <functional>
 #include <memory>
@@ -9,6 +10,7 @@
 #include "backend.hpp"
 #include "ggml-alloc.h"
 #include "kernels.hpp"
+#include "team.hpp"
 
 namespace llamacrab {
 
@@ -171,7 +173,24 @@ static ggml_tensor * attention(bench & b, ggml_tensor * q, ggml_tensor * k, ggml
     return ggml_reshape_2d(g, y, y->ne[0] * y->ne[1], y->ne[2]);
 }
 
+// Share out work again and again with a team of each size; return how many items were not done once.
+static double check_team(const std::vector<int> & sizes) {
+    team   threads;
+    double wrong = 0;
+    for (int round = 0; round < 200; round++) {
+        for (const int size : sizes) {
+            std::vector<int> done(round % 9);
+            threads.share(size, (int) done.size(), [&](int i, int) { done[i]++; });
+            wrong += std::count_if(done.begin(), done.end(), [](int times) { return times != 1; });
+        }
+    }
+    return wrong;
+}
+
 double check_kernels(const std::string & kind, const std::vector<int> & n) {
+    if (kind == "team") {
+        return check_team(n);
+    }
     static const char * masks[] = { "none", "texts", "window", "causal", "holes", "blind", "distance" };
     const auto          at      = [&](size_t i) { return n.at(i); };
     const auto          lengths = [&](size_t i) { return std::vector<int>(n.begin() + i, n.end()); };
