@@ -7,7 +7,6 @@ namespace llamacrab {
 
 const char * kernels_name() { return nullptr; }
 bool kernels_worthwhile() { return false; }
-bool kernels_have_int8() { return false; }
 void kernels_install() {}
 double check_kernels(const std::string &, const std::vector<int> &) { return -1; }
 loading_for::loading_for(cpu_backend) : before(0) {}

@@ -32,7 +32,6 @@ loading_for::~loading_for() { loading() = before; }
 
 const char * kernels_name() { return kernels().name; }
 bool kernels_worthwhile() { return kernels().bf16; }
-bool kernels_have_int8() { return kernels().int8; }
 
 // ------------------------------------------------------------------------------------- buffers
 

@@ -10,8 +10,6 @@ enum class cpu_backend : int { ggml, llamacrab, int8 };
 const char * kernels_name();
 // Whether the set is faster than ggml's own code, so that a model should use it unasked.
 bool kernels_worthwhile();
-// Whether there are 8-bit products.
-bool kernels_have_int8();
 // Make the backend known to ggml. Called once, before any model is loaded.
 void kernels_install();
 

@@ -83,7 +83,6 @@ struct attention_args {
 struct kernel_set {
     const char * name;
     bool         bf16;       // computes with bf16 activations, so that data may stay in it
-    bool         int8;       // has fast 8-bit products
     int          tile;       // rows that a micro-kernel takes
     void (*linear)(const linear_args &, int row0, int row1);
     void (*norm)(const norm_args &, int row0, int row1);

@@ -7,11 +7,11 @@ namespace llamacrab {
 const kernel_set * LLAMACRAB_SET() {
     static constexpr kernel_set set = {
 #if defined(__AVX512BF16__)
-        "avx512_bf16", true, true,
+        "avx512_bf16", true,
 #elif defined(__AVX2__)
-        "avx2", false, false,
+        "avx2", false,
 #else
-        "plain", false, false,
+        "plain", false,
 #endif
         tile,  linear, norm, attention_scratch, attention, to_bf16, to_f32, add, mul, unary, gate,
     };
