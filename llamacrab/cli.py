@@ -376,6 +376,8 @@ def info(path: Path | None, show_devices: bool) -> None:
     """Show what a GGUF is, and how it would be used."""
     if show_devices:
         for device in devices():
+            if device["type"] == "ACCEL":
+                continue  # helps the CPU; no place for a model
             memory = f"{device['memory_free'] / 2**30:.1f} of {device['memory_total'] / 2**30:.1f}"
             click.echo(
                 f"{device['name']:10} {device['type']:6} {memory} GiB free  {device['description']}"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers import DATA, gguf_path, python, rewrite_gguf
 
-from llamacrab import Llama
+from llamacrab import Llama, Model
 
 MODEL = str(gguf_path("tiny-bert"))
 RERANKER = str(gguf_path("tiny-bert-rank"))
@@ -155,6 +155,13 @@ def test_info_and_versions_say_what_is_there():
     done = run("versions")
     for word in ("llama.cpp", "GGML_NATIVE", "CPU compiled", "CPU present", "device 0"):
         assert word in done.stdout
+
+
+def test_the_devices_that_are_listed_can_all_be_named():
+    names = [line.split()[0] for line in run("info", "--devices").stdout.splitlines()]
+    assert "CPU" in names
+    for name in names:
+        Model(MODEL, device=name).close()
 
 
 @pytest.mark.parametrize(
