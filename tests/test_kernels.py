@@ -98,6 +98,11 @@ def test_layers_of_an_encoder(kind, gated, rope, before):
         assert off < 5 * TYPES[kind]
 
 
+def test_rows_too_wide_for_8_bits_stay_in_bf16():
+    assert check("linear", 3, 8196, 64, BF16, 1, -1, 0, 0, 1) < BF16_LOSS
+    assert check("linear", 3, 8192, 64, BF16, 1, -1, 0, 0, 1) < INT8_LOSS
+
+
 def test_layers_in_8_bits():
     assert check("linear", 33, 64, 64, BF16, 1, -1, 1, 1, 1) < INT8_LOSS
     for kind in (F32, BF16, Q8_0):

@@ -39,8 +39,6 @@ static bool is_row(const ggml_tensor * row, const ggml_tensor * like) {
     return floats(row) && row->ne[0] == like->ne[0] && ggml_nrows(row) == 1;
 }
 
-constexpr int widest_norm = 8192;  // the kernels keep a row on the stack
-
 static activation activation_of(ggml_unary_op op) {
     switch (op) {
         case GGML_UNARY_OP_GELU: return activation::gelu;
@@ -128,7 +126,7 @@ bool can_compute(const ggml_tensor * node) {
         case GGML_OP_MUL:
             return floats(node) && floats(a) && a->ne[0] > 1 && floats(b) && (is_row(b, a) || ggml_are_same_shape(a, b));
         case GGML_OP_NORM:
-        case GGML_OP_RMS_NORM: return floats(node) && floats(a) && a->ne[0] <= widest_norm;
+        case GGML_OP_RMS_NORM: return floats(node) && floats(a) && a->ne[0] <= widest_row;
         case GGML_OP_UNARY:
             return floats(node) && floats(a) && activation_of(ggml_get_unary_op(node)) != activation::none;
         case GGML_OP_GLU:
@@ -220,6 +218,14 @@ class planner {
     }
 
     bool slot_of(const ggml_tensor * t, packing kind, source & from);
+    // A step of one node, which reads its first operand as floats.
+    step & plan_reader(step_kind kind, const ggml_tensor * node) {
+        read_floats(node->src[0]);
+        step & s   = add(kind, node, node);
+        s.x.tensor = node->src[0];
+        return s;
+    }
+
     source convert(const ggml_tensor * t, packing kind);
     source operand(const ggml_tensor * t, packing kind);
     source attention_operand(const ggml_tensor * t, packing kind);
@@ -254,7 +260,7 @@ bool planner::slot_of(const ggml_tensor * t, packing kind, source & from) {
         if (kind == packing::bf16 && (rows || s.kind == step_kind::attention || s.kind == step_kind::gate ||
                                       s.kind == step_kind::rope)) {
             slot = s.bf16 = new_slot(ggml_nelements(base) * 2, k.producer);
-        } else if (kind == packing::int8 && rows && base->ne[0] <= widest_norm) {
+        } else if (kind == packing::int8 && rows && base->ne[0] <= widest_row) {
             slot = s.int8 = new_slot(ggml_nelements(base) + ggml_nrows(base) * 8 + 64, k.producer);
         }
     }
@@ -353,7 +359,7 @@ int planner::plan_linear(int i) {
                    activation_of(ggml_get_unary_op(n)) != activation::none) {
             s.act = activation_of(ggml_get_unary_op(n));
         } else if (n->op == GGML_OP_ADD && !s.residual && ggml_are_same_shape(other, s.out) && floats(other) &&
-                   n->ne[0] <= widest_norm && free_to(n, other)) {
+                   n->ne[0] <= widest_row && free_to(n, other)) {
             s.residual = other;
         } else if ((n->op == GGML_OP_NORM || n->op == GGML_OP_RMS_NORM) && can_compute(n)) {
             const step before = s;
@@ -496,15 +502,13 @@ plan planner::make() {
                         break;
                     }
                 }
-                read_floats(a);
                 read_floats(b);
-                add(step_kind::binary, node, node).x.tensor = a;
+                plan_reader(step_kind::binary, node);
                 break;
             }
             case GGML_OP_MUL:
-                read_floats(a);
                 read_floats(b);
-                add(step_kind::binary, node, node).x.tensor = a;
+                plan_reader(step_kind::binary, node);
                 break;
             case GGML_OP_NORM:
             case GGML_OP_RMS_NORM: {
@@ -512,30 +516,23 @@ plan planner::make() {
                 if (last >= 0) {
                     i = last;
                 } else {  // the norm alone writes over what it reads, row by row
-                    step & s   = add(step_kind::norm, node, node);
-                    s.x.tensor = a;
-                    s.norm     = node;
-                    read_floats(a);
+                    plan_reader(step_kind::norm, node).norm = node;
                 }
                 break;
             }
             case GGML_OP_UNARY:
             case GGML_OP_GLU: {
-                read_floats(a);
                 read_floats(b);
-                step & s   = add(step_kind::gate, node, node);
-                s.x.tensor = a;
-                s.act      = node->op == GGML_OP_GLU ? activation_of(ggml_get_glu_op(node))
-                                                     : activation_of(ggml_get_unary_op(node));
+                plan_reader(step_kind::gate, node).act = node->op == GGML_OP_GLU
+                                                             ? activation_of(ggml_get_glu_op(node))
+                                                             : activation_of(ggml_get_unary_op(node));
                 break;
             }
             case GGML_OP_SCALE:
-                read_floats(a);
-                add(step_kind::scale, node, node).x.tensor = a;
+                plan_reader(step_kind::scale, node);
                 break;
             case GGML_OP_GET_ROWS:
-                read_floats(a);
-                add(step_kind::get_rows, node, node).x.tensor = a;
+                plan_reader(step_kind::get_rows, node);
                 break;
             case GGML_OP_CONT:
             case GGML_OP_CPY: {
@@ -549,13 +546,11 @@ plan planner::make() {
                 if (node->op == GGML_OP_CPY && skip_copy(i)) {
                     break;
                 }
-                read_floats(a);
-                add(step_kind::copy, node, node).x.tensor = a;
+                plan_reader(step_kind::copy, node);
                 break;
             }
             case GGML_OP_ROPE:
-                read_floats(a);
-                add(step_kind::rope, node, node).x.tensor = a;
+                plan_reader(step_kind::rope, node);
                 break;
             case GGML_OP_FLASH_ATTN_EXT: plan_attention(node); break;
             default: break;

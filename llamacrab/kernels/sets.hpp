@@ -16,6 +16,7 @@ namespace llamacrab {
 enum class packing : int32_t { raw, f32, bf16, int8 };
 
 constexpr int panel_width = 32;
+constexpr int widest_row  = 8192;  // columns of what is normed or made 8 bits: a row lies on the stack meanwhile
 
 enum class activation : int32_t { none, gelu, gelu_erf, gelu_quick, silu, relu, tanh, sigmoid };
 

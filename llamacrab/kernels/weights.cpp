@@ -16,7 +16,8 @@ static size_t panels(const ggml_tensor * w) { return round_up(w->ne[1], panel_wi
 // Which matrices may be 8 bits: those of feed-forward networks, two thirds of a layer's work. What rounding
 // does to queries, keys and values is multiplied by attention, and costs more than it saves.
 static bool bears_int8(const ggml_tensor * w) {
-    return std::strstr(w->name, "ffn") && w->ne[0] % 4 == 0 && w->ne[0] >= 64 && w->ne[1] >= 64;
+    return std::strstr(w->name, "ffn") && w->ne[0] % 4 == 0 && w->ne[0] >= 64 && w->ne[0] <= widest_row &&
+           w->ne[1] >= 64;
 }
 
 packing packing_of(const ggml_tensor * w, bool int8) {

@@ -46,8 +46,7 @@ LC_INLINE void quantize_row(const float * x, int n, uint8_t * y, float * scale) 
 }
 
 static void norm(const norm_args & a, int row0, int row1) {
-    constexpr int most = 8192;  // wider rows are refused by the planner
-    alignas(64) float t[most];
+    alignas(64) float t[llamacrab::widest_row];
     for (int row = row0; row < row1; row++) {
         const float * x = a.x + row * a.ldx;
         const float * r = a.residual ? a.residual + row * a.ldr : nullptr;
