@@ -27,7 +27,7 @@ from llamacrab import default_model, fetch_default_model
 from llamacrab._convert import convert
 from llamacrab._fetch import cache_dir, fetch
 from llamacrab.bench import workloads
-from llamacrab.bench.run import _cpu_name, reference
+from llamacrab.bench.run import _cpu_name, ask, reference
 from llamacrab.tuning import usable_cpus
 
 HERE = Path(__file__).resolve().parent
@@ -161,13 +161,7 @@ class Worker:
             raise
 
     def _ask(self, command: dict[str, Any]) -> dict[str, Any]:
-        try:
-            self._process.stdin.write(json.dumps(command) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        answer: dict[str, Any] = json.loads(line) if line else {"error": "the process ended"}
+        answer = ask(self._process, command)
         if "error" in answer:
             self._log.seek(0)
             said = "".join(self._log.readlines()[-20:])

@@ -26,6 +26,22 @@ REFERENCE = 768
 CONFIRMATIONS = 2
 
 
+def ask(worker: subprocess.Popen[str], command: dict[str, Any]) -> dict[str, Any]:
+    """Send a worker a line of JSON, and return the one it answers; its key "error" if it ended."""
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    try:
+        worker.stdin.write(json.dumps(command) + "\n")
+        worker.stdin.flush()
+        line = worker.stdout.readline()
+    except BrokenPipeError:
+        line = ""
+    answer: dict[str, Any] = (
+        json.loads(line) if line else {"error": f"the worker ended with code {worker.wait()}"}
+    )
+    return answer
+
+
 class Side:
     """A worker process with a model.
 
@@ -59,17 +75,7 @@ class Side:
         self.samples: dict[str, list[dict[str, Any]]] = {name: [] for name in self.about["cases"]}
 
     def _ask(self, command: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
-            self._process.stdin.write(json.dumps(command) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            raise BenchError(f"{self.label}: the worker ended with code {self._process.wait()}")
-        answer: dict[str, Any] = json.loads(line)
+        answer = ask(self._process, command)
         if "error" in answer:
             raise BenchError(f"{self.label}: {answer['error']}")
         return answer
