@@ -25,8 +25,8 @@ def check_sdist(path: Path) -> None:
     for wanted in (
         "LICENSE",
         "README.md",
-        "llamacrab/_core.pyx",
-        "llamacrab/_fetch.py",
+        "llamacrab/core/_core.pyx",
+        "llamacrab/_support/fetch.py",
         "meson.build",
         "pyproject.toml",
         "subprojects/llama.cpp/build.py",
@@ -40,15 +40,15 @@ def check_sdist(path: Path) -> None:
 def check_wheel(path: Path) -> None:
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(path) as archive:
         names = set(archive.namelist())
-        for wanted in ("LICENSE.llama.cpp", "py.typed", "_core.pyi", "__init__.py", "cli.py"):
+        for wanted in ("LICENSE.llama.cpp", "py.typed", "_core.pyi", "__init__.py", "cli/app.py"):
             check(f"llamacrab/{wanted}" in names, f"{path.name} lacks {wanted}")
         check(any(name.endswith("licenses/LICENSE") for name in names), "the wheel lacks LICENSE")
         check_no_foreign(path, names)
         others = names - {"llamacrab/LICENSE.llama.cpp"}
         sources = sorted(name for name in others if Path(name).suffix in SOURCES)
         check(not sources, f"{path.name} holds sources: {sources}")
-        missing = {f"llamacrab/{file.name}" for file in Path("llamacrab").glob("*.py")} - names
-        check(not missing, f"{path.name} lacks {missing}: are they in llamacrab/meson.build?")
+        missing = {file.as_posix() for file in Path("llamacrab").rglob("*.py")} - names
+        check(not missing, f"{path.name} lacks {missing}: are they in their folder's meson.build?")
         libraries = [name for name in names if name.endswith(".so")]
         check(len(libraries) == 1, f"{path.name} must hold one extension, not {libraries}")
         check_extension(Path(archive.extract(libraries[0], folder)))

@@ -18,7 +18,7 @@ from alternate import compare, seconds
 
 from llamacrab import Llama, fetch_default_model, tuning
 from llamacrab._core import build_info
-from llamacrab._fetch import cache_dir
+from llamacrab._support.fetch import cache_dir
 from llamacrab.bench.workloads import mixed, short
 
 HERE = Path(__file__).resolve().parent

@@ -15,7 +15,7 @@ from alternate import compare, seconds
 
 from llamacrab import Llama
 from llamacrab.bench.workloads import short
-from llamacrab.rerank import PairTemplate
+from llamacrab.requests.reranking import PairTemplate
 
 TINY = Path(__file__).resolve().parents[1] / "tests" / "data" / "tiny-qwen3-rank.gguf"
 QUERY = "which animals walk sideways along the shore, and what do they eat there"

@@ -6,15 +6,15 @@
 (384,)
 """
 
-from llamacrab._convert import convert
 from llamacrab._core import Batch, Context, Model, PoolingType, SplitMode, Vocab, VocabType
-from llamacrab._versions import __version__, show_versions
+from llamacrab._support.versions import __version__, show_versions
 from llamacrab.corpus import embed_corpus
-from llamacrab.default_model import fetch_default_model
 from llamacrab.errors import LlamaError
 from llamacrab.llama import Llama, TokenEmbeddings
+from llamacrab.models.convert import convert
+from llamacrab.models.default import fetch_default_model
 from llamacrab.options import EmbedOptions
-from llamacrab.rerank import RerankResult
+from llamacrab.requests.reranking import RerankResult
 
 __all__ = [
     "Batch",

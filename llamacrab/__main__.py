@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from llamacrab._extras import require
+from llamacrab._support.extras import require
 from llamacrab.errors import LlamaError
 
 

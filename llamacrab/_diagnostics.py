@@ -7,7 +7,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from llamacrab._core import PoolingType, VocabType
-from llamacrab._versions import GPU_BACKENDS, compiled_in
+from llamacrab._support.versions import GPU_BACKENDS, compiled_in
 from llamacrab.tuning import has_gpu
 
 if TYPE_CHECKING:

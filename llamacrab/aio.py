@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from llamacrab._core import Job, Scheduler
-    from llamacrab.rerank import Pairs
+    from llamacrab.requests.reranking import Pairs
 
 # A call with more texts than this is encoded in a thread, so that the event loop goes on.
 INLINE_TEXTS = 32

@@ -11,9 +11,8 @@ import numpy as np
 
 from llamacrab import aio, tuning
 from llamacrab._core import Encoder, Job, Model, PoolingType, Scheduler, SplitMode
-from llamacrab._extras import require
-from llamacrab.default_model import resolve
-from llamacrab.doubts import log_doubts, log_missing_gpu
+from llamacrab._diagnostics import log_doubts, log_missing_gpu
+from llamacrab._support.extras import require
 from llamacrab.errors import (
     AllocationError,
     ClosedError,
@@ -22,10 +21,11 @@ from llamacrab.errors import (
     LlamaError,
     PoolingError,
 )
+from llamacrab.models.default import resolve
 from llamacrab.options import EmbedKeywords, EmbedOptions, merge
-from llamacrab.plan import Plan, Prepared
-from llamacrab.prompts import prompts_of
-from llamacrab.rerank import Pairs, PairTemplate, Scoring, warn_of_wrong_scores
+from llamacrab.requests.embedding import Plan, Prepared
+from llamacrab.requests.prompts import prompts_of
+from llamacrab.requests.reranking import Pairs, PairTemplate, Scoring, warn_of_wrong_scores
 
 if TYPE_CHECKING:
     import os
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Unpack
 
-    from llamacrab.rerank import Activation, RerankResult, Truncate
+    from llamacrab.requests.reranking import Activation, RerankResult, Truncate
 
     Text: TypeAlias = str | Sequence[int] | np.ndarray
 

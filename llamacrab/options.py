@@ -13,7 +13,7 @@ from llamacrab.errors import InputError
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from llamacrab.rerank import Truncate
+    from llamacrab.requests.reranking import Truncate
 
 # The p of a p-norm, or what stands for another scale; native/scheduler.hpp has the same numbers.
 NORMS = {"none": 0.0, "l1": 1.0, "l2": 2.0, "max": float("inf")}

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from helpers import gguf_path
 
-from llamacrab import Llama, PoolingType, _fetch
+from llamacrab import Llama, PoolingType
+from llamacrab._support import fetch as _fetch
 
 
 @pytest.fixture(scope="session", autouse=True)

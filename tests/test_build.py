@@ -17,7 +17,8 @@ from types import ModuleType
 
 import pytest
 
-from llamacrab import _core, _versions
+from llamacrab import _core
+from llamacrab._support import versions as _versions
 
 ROOT = Path(__file__).resolve().parent.parent
 SUBPROJECT = Path("subprojects") / "llama.cpp"
@@ -65,8 +66,9 @@ class Clone:
         self.scripts.mkdir(parents=True)
         for name in ("fetch.py", "build.py"):
             shutil.copy(ROOT / SUBPROJECT / name, self.scripts)
-        (folder / "clone" / "llamacrab").mkdir()
-        shutil.copy(ROOT / "llamacrab" / "_fetch.py", folder / "clone" / "llamacrab")
+        support = folder / "clone" / "llamacrab" / "_support"
+        support.mkdir(parents=True)
+        shutil.copy(ROOT / "llamacrab" / "_support" / "fetch.py", support)
         self.index = folder / "index"
         self.index.mkdir()
         self.sdist = self.index / "fake_llama-1.0.tar.gz"

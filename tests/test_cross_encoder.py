@@ -26,7 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamacrab import Llama, Model, PoolingType, convert, errors
-from llamacrab.rerank import PairTemplate
+from llamacrab.requests.reranking import PairTemplate
 
 FOLDER = DATA / "tiny-bert-cross-hf"
 CASES = [(query, document) for query in PAIRS["queries"] for document in PAIRS["documents"]]

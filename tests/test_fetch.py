@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from helpers import check_python
 
-from llamacrab import _fetch, default_model, errors, fetch_default_model
+from llamacrab import errors, fetch_default_model
+from llamacrab._support import fetch as _fetch
+from llamacrab.models import default as default_model
 
 
 @pytest.fixture
@@ -71,8 +73,8 @@ def test_what_is_not_there_is_one_line(index, tmp_path):
 
 def test_processes_that_fetch_at_once_all_get_the_file(index, tmp_path):
     code = (
-        "import sys; from pathlib import Path; from llamacrab import _fetch\n"
-        "print(_fetch.fetch('tiny-pack', '1.0', sys.argv[1], 'wheel', Path(sys.argv[2])))"
+        "import sys; from pathlib import Path; from llamacrab._support import fetch\n"
+        "print(fetch.fetch('tiny-pack', '1.0', sys.argv[1], 'wheel', Path(sys.argv[2])))"
     )
     command = [sys.executable, "-c", code, _fetch.sha256_of(index), str(tmp_path / "cache")]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]

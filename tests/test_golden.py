@@ -15,7 +15,7 @@ from helpers import (
 )
 
 from llamacrab import Llama, PoolingType, fetch_default_model
-from llamacrab.rerank import PairTemplate
+from llamacrab.requests.reranking import PairTemplate
 
 POOLINGS = {"mean": PoolingType.MEAN, "cls": PoolingType.CLS, "last": PoolingType.LAST}
 # transformers computes GELU exactly, llama.cpp by a table in half precision.

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import pytest
 from helpers import gguf_path, python
 
-from llamacrab import Llama, Model, doubts, errors
+from llamacrab import Llama, Model, errors
+from llamacrab import _diagnostics as doubts
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from helpers import (
 
 from llamacrab import Batch, Context, Llama, Model, PoolingType, errors
 from llamacrab._core import Encoder
-from llamacrab.rerank import PairTemplate, Scoring
+from llamacrab.requests.reranking import PairTemplate, Scoring
 
 BOOL, UINT32 = gguf.GGUFValueType.BOOL, gguf.GGUFValueType.UINT32
 

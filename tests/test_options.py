@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamacrab import EmbedOptions, Llama, PoolingType
-from llamacrab.chunking import bounds
 from llamacrab.errors import InputError, NumericalError, PoolingError, TextTooLongError
-from llamacrab.offsets import kept
-from llamacrab.prompts import prompts_of
 from llamacrab.quantize import calibrate, quantize
+from llamacrab.requests.chunking import bounds
+from llamacrab.requests.offsets import kept
+from llamacrab.requests.prompts import prompts_of
 
 DATA = golden("options")
 SENTENCE = "A crab walks along the shore, sideways as crabs do."

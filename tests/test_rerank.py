@@ -11,7 +11,7 @@ import pytest
 from helpers import PAIRS, RERANKERS, gguf_path, rewrite_gguf
 
 from llamacrab import Llama, Model, PoolingType, RerankResult, errors
-from llamacrab.rerank import PairTemplate
+from llamacrab.requests.reranking import PairTemplate
 
 
 @pytest.mark.parametrize("name", RERANKERS)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def test_callers_of_every_kind_at_once_get_right_rows_or_typed_errors():
-    script = Path(__file__).resolve().parent / "stress.py"
+    script = Path(__file__).resolve().parent / "stress" / "stress.py"
     run = subprocess.run(
         [sys.executable, script, "--seconds", "4"],
         capture_output=True,

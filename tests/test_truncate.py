@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from llamacrab import EmbedOptions, errors
 from llamacrab._core import Encoder
-from llamacrab.rerank import PairTemplate
+from llamacrab.requests.reranking import PairTemplate
 
 SIDES = ("end", "start", "middle")
 LONG = " ".join(TEXTS[:30])

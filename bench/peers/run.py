@@ -23,11 +23,12 @@ from typing import Any
 import numpy as np
 import page
 
-from llamacrab import default_model, fetch_default_model
-from llamacrab._convert import convert
-from llamacrab._fetch import cache_dir, fetch
+from llamacrab import fetch_default_model
+from llamacrab._support.fetch import cache_dir, fetch
 from llamacrab.bench import workloads
 from llamacrab.bench.run import _cpu_name, ask, reference
+from llamacrab.models import default as default_model
+from llamacrab.models.convert import convert
 from llamacrab.tuning import usable_cpus
 
 HERE = Path(__file__).resolve().parent

@@ -40,7 +40,7 @@ class PyxDocstrings(griffe.Extension):
         if pkg.name != "llamacrab":
             return
         core = pkg["_core"]
-        for name, text in docstrings(core.filepath.parent).items():
+        for name, text in docstrings(core.filepath.parent / "core").items():
             try:
                 owner = core[name]
             except KeyError:  # not part of the typed face

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llamacrab._extras import require
+from llamacrab._support.extras import require
 from llamacrab.bench.statistics import Ratio
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from llamacrab._versions import cpu_features
+from llamacrab._support.versions import cpu_features
 from llamacrab.bench import statistics, workloads
 from llamacrab.errors import BenchError, InputError
 from llamacrab.tuning import usable_cpus

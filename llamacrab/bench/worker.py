@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from llamacrab import _core
-from llamacrab._versions import __version__
+from llamacrab._support.versions import __version__
 from llamacrab.bench.cases import Cases
 
 

@@ -14,17 +14,17 @@ import numpy as np
 
 import llamacrab
 from llamacrab import EmbedOptions, Llama, LlamaError, PoolingType, tuning
-from llamacrab._convert import OUTTYPES, convert
 from llamacrab._core import CPU_BACKENDS, Model, devices
 from llamacrab.corpus import embed_corpus, shards
-from llamacrab.default_model import default_model_path, fetch_default_model, resolve
-from llamacrab.prompts import prompts_of
+from llamacrab.models.convert import OUTTYPES, convert
+from llamacrab.models.default import default_model_path, fetch_default_model, resolve
+from llamacrab.requests.prompts import prompts_of
 from llamacrab.similarity import semantic_search
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from llamacrab.rerank import Activation, Truncate
+    from llamacrab.requests.reranking import Activation, Truncate
 
 POOLINGS = {pooling.name.lower(): pooling for pooling in PoolingType if pooling >= 0}
 

@@ -16,8 +16,8 @@ from libcpp.string cimport string
 from libcpp.utility cimport move
 from libcpp.vector cimport vector
 
-from llamacrab cimport llama as c
-from llamacrab cimport native
+cimport libllama as c
+cimport native
 
 import _thread
 import atexit
@@ -59,12 +59,12 @@ cdef extern from "Python.h":
 
 include "log.pyx"
 include "vocab.pyx"
-include "encoder.pyx"
+include "tokenization.pyx"
 include "model.pyx"
 include "batch.pyx"
 include "context.pyx"
 include "scheduler.pyx"
-include "system.pyx"
+include "devices.pyx"
 
 c.log_install(_log_sink)
 native.asserts_install()

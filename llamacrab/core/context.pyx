@@ -129,7 +129,7 @@ cdef class Context:
             handle.ptr = NULL
         if handle.ptr == NULL:
             reason = _native_errors()
-            # An assertion (native/asserts.hpp) is about numbers of the GGUF, or about memory.
+            # An assertion (native/llama_guard.hpp) is about numbers of the GGUF, or about memory.
             if "gave up at" in reason and "insufficient memory" not in reason:
                 raise ModelCorruptError(f"llama.cpp cannot compute with {model.path}: {reason}")
             raise AllocationError(

@@ -31,7 +31,7 @@ def kernels():
 
 
 def _check_kernels(str kind, list numbers):
-    """Compare our kernels with ggml's on a small graph, for tests; see kernels/check.cpp."""
+    """Compare our kernels with ggml's on a small graph, for tests: kernels/testing/."""
     cdef string name = kind.encode()
     cdef vector[int] values = numbers
     cdef double off

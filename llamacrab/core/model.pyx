@@ -422,7 +422,7 @@ cdef object _fault_in(const c.gguf_context *header):
 cdef object _contradiction_in(const c.gguf_context *header, bytes arch):
     """Return which numbers llama.cpp would assert on once it computes, or None.
 
-    Those that it asserts on earlier become exceptions by themselves: native/asserts.hpp.
+    Those that it asserts on earlier become exceptions by themselves: native/llama_guard.hpp.
     """
     cdef int64_t n_rot = _number(header, arch + b".rope.dimension_count", -1)
     cdef int64_t n_embd = _number(header, arch + b".embedding_length", 0)

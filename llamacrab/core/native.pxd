@@ -5,7 +5,7 @@ from libcpp.memory cimport unique_ptr
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 
-from llamacrab.llama cimport (
+from libllama cimport (
     llama_context,
     llama_context_params,
     llama_model,
@@ -23,7 +23,7 @@ cdef extern from "<string_view>" namespace "std" nogil:
         size_t size()
 
 
-cdef extern from "native/crew.hpp" namespace "llamacrab" nogil:
+cdef extern from "native/thread_pool.hpp" namespace "llamacrab" nogil:
     cppclass crew:
         crew(size_t n_helpers) except +
 
@@ -39,18 +39,18 @@ cdef extern from "kernels/kernels.hpp" namespace "llamacrab" nogil:
     void kernels_install() except +
 
 
-cdef extern from "kernels/check.hpp" namespace "llamacrab" nogil:
+cdef extern from "kernels/testing/compare_with_ggml.hpp" namespace "llamacrab" nogil:
     double check_kernels(const string &kind, const vector[int] &numbers) except +
 
 
-cdef extern from "native/asserts.hpp" namespace "llamacrab" nogil:
+cdef extern from "native/llama_guard.hpp" namespace "llamacrab" nogil:
     void asserts_install()
     llama_model *load_model(
         const char *path, llama_model_params params, cpu_backend backend) except +
     llama_context *make_context(llama_model *model, llama_context_params params) except +
 
 
-cdef extern from "native/encoding.hpp" namespace "llamacrab" nogil:
+cdef extern from "native/tokenization.hpp" namespace "llamacrab" nogil:
     ctypedef vector[llama_token] token_vector
 
     cbool tokenize(const llama_vocab *vocab, string_view text, cbool parse_special,

@@ -1,5 +1,5 @@
 # The scheduler's Python face: jobs, futures, and what ends them. The work is done by
-# native/encoding.cpp and native/scheduler.cpp.
+# native/tokenization.cpp and native/scheduler.cpp.
 
 # Texts that one admission takes at most: they are encoded together without the GIL, sorted by
 # length among themselves, and their tokens are freed together.

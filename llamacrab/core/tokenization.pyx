@@ -19,7 +19,7 @@ cdef int _append(native.token_vector &into, Vocab vocab, ids) except -1:
 
 
 cdef class Encoder:
-    """How the texts of one call become token ids. The rules are in native/encoding.cpp.
+    """How the texts of one call become token ids. The rules are in native/tokenization.cpp.
 
     Parameters
     ----------

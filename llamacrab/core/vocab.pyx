@@ -120,7 +120,7 @@ cdef class Vocab:
             pieces = {self.token_to_piece(token) for token in range(self.n_tokens)}
             if any(piece[:1] not in pieces for piece in pieces):
                 raise ModelCorruptError("the vocabulary lacks tokens of single bytes")
-        # native/encoding.hpp says why.
+        # native/tokenization.hpp says why.
         lowercase = metadata.get("tokenizer.ggml.normalizer.lowercase", "true")
         strip = metadata.get("tokenizer.ggml.normalizer.strip_accents", lowercase)
         self._decompose = self.vocab_type == VocabType.WPM and strip == "true"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llamacrab._extras import require
+from llamacrab._support.extras import require
 from llamacrab.corpus import shards
 from llamacrab.errors import CorpusError, InputError
 

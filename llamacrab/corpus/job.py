@@ -16,8 +16,8 @@ from typing import Any, Literal
 import numpy as np
 
 from llamacrab import _core, tuning
-from llamacrab._extras import require
-from llamacrab._versions import __version__
+from llamacrab._support.extras import require
+from llamacrab._support.versions import __version__
 from llamacrab.corpus import exports, shards
 from llamacrab.corpus.interrupt import Interrupt
 from llamacrab.corpus.manifest import Manifest, Shard

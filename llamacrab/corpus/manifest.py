@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llamacrab._fetch import sha256_of
+from llamacrab._support.fetch import sha256_of
 from llamacrab.errors import CorpusError
 
 NAME = "manifest.json"

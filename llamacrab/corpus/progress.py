@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from llamacrab._extras import require
+from llamacrab._support.extras import require
 
 if TYPE_CHECKING:
     from collections.abc import Callable

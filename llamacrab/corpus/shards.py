@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llamacrab._extras import require
-from llamacrab._fetch import sha256_of
+from llamacrab._support.extras import require
+from llamacrab._support.fetch import sha256_of
 from llamacrab.corpus.manifest import Shard, sync_folder
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llamacrab._extras import require
+from llamacrab._support.extras import require
 from llamacrab.errors import CorpusError
 from llamacrab.tuning import content_key
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llamacrab._extras import require
+from llamacrab._support.extras import require
 from llamacrab.llama import Llama
 
 if TYPE_CHECKING:

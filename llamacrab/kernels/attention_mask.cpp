@@ -1,4 +1,4 @@
-#include "mask.hpp"
+#include "attention_mask.hpp"
 
 #include <algorithm>
 #include <cstring>

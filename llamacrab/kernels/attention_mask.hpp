@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "ggml.h"
-#include "sets.hpp"
+#include "kernel_table.hpp"
 
 namespace llamacrab {
 

@@ -1,5 +1,5 @@
 // The choice of a kernel set.
-#include "sets.hpp"
+#include "kernel_table.hpp"
 
 #include <cstdlib>
 #include <cstring>

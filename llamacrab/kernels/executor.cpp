@@ -1,5 +1,5 @@
 // Runs a plan.
-#include "graph.hpp"
+#include "executor.hpp"
 
 #include <algorithm>
 #include <cmath>

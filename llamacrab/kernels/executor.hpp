@@ -1,11 +1,11 @@
-// A part of a graph, computed: plan.cpp makes steps of its nodes, graph.cpp runs them.
+// A part of a graph, computed: fusion.cpp makes steps of its nodes, executor.cpp runs them.
 #pragma once
 
 #include <memory>
 #include <vector>
 
-#include "backend.hpp"
-#include "mask.hpp"
+#include "ggml_backend.hpp"
+#include "attention_mask.hpp"
 #include "team.hpp"
 
 namespace llamacrab {

@@ -12,7 +12,7 @@
 #include <unordered_map>
 
 #include "ggml-impl.h"
-#include "graph.hpp"
+#include "executor.hpp"
 
 namespace llamacrab {
 

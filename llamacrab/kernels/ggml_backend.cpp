@@ -9,13 +9,13 @@
 // packed weights, or the CPU's own (which llama.cpp skips), as `loading_for` says for this thread. For
 // a context it is plain host memory, of a type of its own: with the CPU's, the scheduler would move
 // other models' nodes to us.
-#include "backend.hpp"
+#include "ggml_backend.hpp"
 
 #include <atomic>
 #include <cstring>
 #include <stdexcept>
 
-#include "graph.hpp"
+#include "executor.hpp"
 #include "kernels.hpp"
 
 namespace llamacrab {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "ggml-backend-impl.h"
-#include "weights.hpp"
+#include "weight_packing.hpp"
 
 namespace llamacrab {
 
@@ -10,7 +10,7 @@ namespace llamacrab {
 bool is_ours(const ggml_tensor * weight);
 packing packing_in_place(const ggml_tensor * weight);
 
-// Whether this backend computes a node; see graph.cpp.
+// Whether this backend computes a node; see executor.cpp.
 bool can_compute(const ggml_tensor * node);
 
 }  // namespace llamacrab

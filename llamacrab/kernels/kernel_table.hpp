@@ -1,5 +1,5 @@
-// A kernel set: all the arithmetic, compiled for one instruction set. set/ holds its source, which is
-// compiled once for each; sets.cpp chooses one by CPUID. Nothing here knows of ggml.
+// A kernel set: all the arithmetic, compiled for one instruction set. simd/ holds its source, which is
+// compiled once for each; dispatch.cpp chooses one by CPUID. Nothing here knows of ggml.
 #pragma once
 
 #include <cstddef>

@@ -1,6 +1,6 @@
 // What stands in for the kernels where they cannot be: a system's libllama comes without the internal
 // headers that a ggml backend is written against.
-#include "check.hpp"
+#include "testing/compare_with_ggml.hpp"
 #include "kernels.hpp"
 
 namespace llamacrab {

@@ -1,4 +1,4 @@
-#include "weights.hpp"
+#include "weight_packing.hpp"
 
 #include <algorithm>
 #include <cmath>

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "ggml.h"
-#include "sets.hpp"
+#include "kernel_table.hpp"
 
 namespace llamacrab {
 

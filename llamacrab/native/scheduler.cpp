@@ -7,7 +7,7 @@
 #include <optional>
 #include <string_view>
 
-#include "asserts.hpp"
+#include "llama_guard.hpp"
 #include "log.hpp"
 
 namespace llamacrab {

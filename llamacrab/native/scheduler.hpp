@@ -23,7 +23,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "encoding.hpp"
+#include "tokenization.hpp"
 #include "llama.h"
 
 namespace llamacrab {

@@ -1,4 +1,4 @@
-#include "crew.hpp"
+#include "thread_pool.hpp"
 
 #include <algorithm>
 #include <system_error>

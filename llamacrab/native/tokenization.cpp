@@ -1,4 +1,4 @@
-#include "encoding.hpp"
+#include "tokenization.hpp"
 
 #include <algorithm>
 #include <atomic>

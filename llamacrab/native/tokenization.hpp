@@ -6,7 +6,7 @@
 #include <string_view>
 #include <vector>
 
-#include "crew.hpp"
+#include "thread_pool.hpp"
 #include "llama.h"
 
 namespace llamacrab {

@@ -9,10 +9,10 @@ import numpy as np
 
 from llamacrab import quantize
 from llamacrab._core import Encoder, Model, PoolingType
-from llamacrab.chunking import Windows
 from llamacrab.errors import InputError, LlamaError
-from llamacrab.offsets import kept, token_offsets
 from llamacrab.options import NORM_INT16, EmbedOptions
+from llamacrab.requests.chunking import Windows
+from llamacrab.requests.offsets import kept, token_offsets
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

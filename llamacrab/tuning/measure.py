@@ -29,8 +29,8 @@ from llamacrab._core import (
     default_n_threads,
     devices,
 )
-from llamacrab._extras import require
-from llamacrab._fetch import cache_dir
+from llamacrab._support.extras import require
+from llamacrab._support.fetch import cache_dir
 from llamacrab.errors import AllocationError
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ NEEDED = ("CMakeLists.txt", "LICENSE", "cmake/", "ggml/", "include/", "src/", "v
 
 
 def _load_helper():
-    """Import llamacrab/_fetch.py by its path: the package itself is not built yet."""
+    """Import llamacrab/_support/fetch.py by its path: the package itself is not built yet."""
     spec = importlib.util.spec_from_file_location(
-        "_fetch", HERE.parents[1] / "llamacrab" / "_fetch.py"
+        "fetch", HERE.parents[1] / "llamacrab" / "_support" / "fetch.py"
     )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -6,7 +6,7 @@
 #include <random>
 #include <vector>
 
-#include "../llamacrab/kernels/sets.hpp"
+#include "../../llamacrab/kernels/kernel_table.hpp"
 
 using namespace llamacrab;
 

@@ -3,7 +3,7 @@
 # Debian; about a minute.
 set -euo pipefail
 
-root=$(cd "$(dirname "$0")/.." && pwd)
+root=$(cd "$(dirname "$0")/../.." && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 for package in g++-aarch64-linux-gnu qemu-user; do
@@ -11,6 +11,6 @@ for package in g++-aarch64-linux-gnu qemu-user; do
 done
 # The flags are those of llamacrab/meson.build.
 aarch64-linux-gnu-g++ -std=c++17 -O3 -ffp-contract=fast -fno-math-errno -static -DLLAMACRAB_SET=set_plain \
-  "$root/tests/kernels_elsewhere.cpp" "$root/llamacrab/kernels/set/set.cpp" -o "$work/check"
+  "$root/tests/native/kernels_elsewhere.cpp" "$root/llamacrab/kernels/simd/kernels.cpp" -o "$work/check"
 echo "NEON multiply-adds: $(aarch64-linux-gnu-objdump -d "$work/check" | grep -c 'fmla.*v[0-9]*\.4s')"
 qemu-aarch64 "$work/check"

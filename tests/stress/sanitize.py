@@ -1,6 +1,6 @@
 """Build llamacrab with a sanitizer, and run `stress.py` under it.
 
-    python tests/sanitize.py thread|address [--seconds 60] [--kernels]
+    python tests/stress/sanitize.py thread|address [--seconds 60] [--kernels]
 
 Under ThreadSanitizer llama.cpp is instrumented as well: it must see both sides of a race. Under
 AddressSanitizer only our own code is, which makes the build short; what llama.cpp allocates is
@@ -28,7 +28,7 @@ from pathlib import Path
 # when it gives its stack to a new one, ordered by a lock that the sanitizer does not see.
 SUPPRESSIONS = "race:_dl_deallocate_tls\n"
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = {
     # The interpreter is not instrumented, but its locks are libc's, which the sanitizer follows.
     "thread": {
@@ -76,7 +76,7 @@ def _find(library: str) -> str:
 def stress(seconds: float) -> Iterator[tuple[str, dict[str, str], list[str]]]:
     """Yield what to run: a title, variables of the environment, arguments of Python."""
     for n_threads in (1, 2):
-        command = [str(ROOT / "tests" / "stress.py"), "--seconds", str(seconds)]
+        command = [str(ROOT / "tests" / "stress" / "stress.py"), "--seconds", str(seconds)]
         yield f"{n_threads} threads a context", {}, [*command, "--threads", str(n_threads)]
 
 

@@ -1,9 +1,8 @@
 """Everything that callers can do to one `Llama` at once, for a while; every row is checked.
 
-    python tests/stress.py [--seconds 10] [--seed 0] [--threads 2]
+    python tests/stress/stress.py [--seconds 10] [--seed 0] [--threads 2]
 
-`tests/sanitize.py` runs it under ThreadSanitizer and AddressSanitizer, `tests/test_stress.py` as
-it is.
+`sanitize.py` runs it under ThreadSanitizer and AddressSanitizer, `tests/test_stress.py` as it is.
 """
 
 from __future__ import annotations
@@ -19,8 +18,11 @@ import threading
 import time
 import traceback
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from helpers import DATA, TEXTS
 
 from llamacrab import Llama, LlamaError, errors

@@ -1,7 +1,7 @@
 // The products: micro-kernels of a few rows by 32 columns, and the loop around them.
 #pragma once
 
-#include "../sets.hpp"
+#include "../kernel_table.hpp"
 #include "vec.hpp"
 
 namespace {

@@ -1,4 +1,4 @@
-#include "check.hpp"
+#include "compare_with_ggml.hpp"
 
 #include <algorithm>
 #include <cmath>
@@ -7,10 +7,10 @@
 #include <random>
 #include <stdexcept>
 
-#include "backend.hpp"
+#include "../ggml_backend.hpp"
 #include "ggml-alloc.h"
-#include "kernels.hpp"
-#include "team.hpp"
+#include "../kernels.hpp"
+#include "../team.hpp"
 
 namespace llamacrab {
 

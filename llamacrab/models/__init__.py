@@ -1,0 +1,1 @@
+"""Models: the default one, and conversion to GGUF."""

@@ -1,0 +1,1 @@
+"""A call: texts to inputs, rows to a result."""
