@@ -15,7 +15,7 @@ from alternate import compare, seconds
 
 from llamacrab import Llama
 from llamacrab.bench.workloads import short
-from llamacrab.requests.reranking import PairTemplate
+from llamacrab.requests.pair_template import PairTemplate
 
 TINY = Path(__file__).resolve().parents[1] / "tests" / "data" / "tiny-qwen3-rank.gguf"
 QUERY = "which animals walk sideways along the shore, and what do they eat there"
@@ -28,7 +28,7 @@ def main() -> None:
     args = parser.parse_args()
     documents = short(100)
     with Llama(args.model) as llama:
-        encoder = PairTemplate(llama.model, QUERY).encoder(limit=llama.n_ctx, truncate=True)
+        encoder = PairTemplate(llama.model, QUERY).tokenization(limit=llama.n_ctx, truncate=True)
 
         def score(share: bool) -> np.ndarray:
             job = llama._scheduler.job(encoder, len(documents), dedup=False, share=share)

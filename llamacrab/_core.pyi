@@ -11,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import disjoint_base
 
+from llamacrab.errors import LlamaError
+
 _Ids: TypeAlias = Sequence[int] | npt.NDArray[Any]
 _Int32: TypeAlias = npt.NDArray[np.int32]
 _Float32: TypeAlias = npt.NDArray[np.float32]
@@ -270,7 +272,12 @@ class Scheduler:
         dedup: bool = True,
         share: bool = True,
     ) -> Job: ...
-    def future(self, job: Job, convert: Callable[[Any], Any] | None = None) -> Future[Any]: ...
+    def future(
+        self,
+        job: Job,
+        finish: Callable[[Any], Any] | None = None,
+        remap_error: Callable[[LlamaError], None] | None = None,
+    ) -> Future[Any]: ...
     def stats(self) -> dict[str, Any]: ...
     def recent_packs(self) -> npt.NDArray[np.void]: ...
     def close(self) -> None: ...

@@ -15,10 +15,28 @@ class LlamaError(Exception):
         Where a call over many texts failed in the middle: what it would have returned.
     done : ndarray of bool, or None
         Which of `rows` had been computed by then.
+    index : int or None
+        Which text of the call the error is about, where it is about one.
     """
 
     rows: Any = None
     done: Any = None
+    index: int | None = None
+
+    def renumber(self, index: int, note: str = "") -> None:
+        """Call the text that the error is about by another number, in the message too.
+
+        Parameters
+        ----------
+        index : int
+            The new number.
+        note : str
+            Added to the message.
+        """
+        # Every such message names its text so.
+        message = str(self).replace(f"text {self.index}", f"text {index}", 1)
+        self.args = (f"{message} ({note})" if note else message,)
+        self.index = index
 
 
 class ModelError(LlamaError):

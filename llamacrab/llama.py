@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import itertools
-import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import numpy as np
 
-from llamacrab import aio, tuning
-from llamacrab._core import Encoder, Job, Model, PoolingType, Scheduler, SplitMode
+from llamacrab._core import Encoder, PoolingType, Scheduler, SplitMode
 from llamacrab._diagnostics import log_doubts, log_missing_gpu
-from llamacrab._support.extras import require
-from llamacrab.errors import (
-    AllocationError,
-    ClosedError,
-    DeviceError,
-    InputError,
-    LlamaError,
-    PoolingError,
-)
+from llamacrab._engine import Engine
+from llamacrab.errors import DeviceError, InputError, PoolingError
 from llamacrab.models.default import resolve
 from llamacrab.options import EmbedKeywords, EmbedOptions, merge
-from llamacrab.requests.embedding import Plan, Prepared
+from llamacrab.requests.embedding import EmbedPipeline, EmbedRequest
+from llamacrab.requests.pair_template import Pairs, PairTemplate
 from llamacrab.requests.prompts import prompts_of
-from llamacrab.requests.reranking import Pairs, PairTemplate, Scoring, warn_of_wrong_scores
+from llamacrab.requests.reranking import RerankRequest, Scoring, warn_of_wrong_scores
+from llamacrab.tuning import Layout
 
 if TYPE_CHECKING:
     import os
@@ -35,21 +28,13 @@ if TYPE_CHECKING:
 
     from typing_extensions import Unpack
 
-    from llamacrab.requests.reranking import Activation, RerankResult, Truncate
+    from llamacrab.options import Truncate
+    from llamacrab.requests.reranking import Activation, RerankResult
 
     Text: TypeAlias = str | Sequence[int] | np.ndarray
 
-# A text longer than this many tokens needs an explicit n_ctx: the buffers for it are large.
-N_CTX_DEFAULT_MAX = 8192
-N_SEQ_MAX = 256
-# Texts given to the scheduler between two looks at progress.
-TEXTS_A_STEP = 256
-# A job that has done so many texts, and goes on, may vary its packs to find the best size.
-CALIBRATION_TEXTS = 1024
-
-
-# Plans that are kept, one for every set of options in use.
-PLANS_MAX = 64
+# Pipelines that are kept, one for every set of options in use.
+PIPELINES_MAX = 64
 
 
 @dataclass(frozen=True)
@@ -172,107 +157,54 @@ class Llama:
     ) -> None:
         if isinstance(devices, str) or (devices is not None and not devices):
             raise DeviceError(f"devices must be a list of names, such as ['CPU'], not {devices!r}")
-        path = resolve(path)
-        self._models = [
-            Model(
-                path,
-                n_gpu_layers=n_gpu_layers,
-                main_gpu=main_gpu,
-                split_mode=split_mode,
-                device=device,
-                use_mmap=use_mmap,
-                use_mlock=use_mlock,
-                cpu_backend=cpu_backend,
-            )
-            for device in (devices or (None,))
-        ]
-        self.model = self._models[0]
-        n_ctx = n_ctx or min(self.model.n_ctx_train, N_CTX_DEFAULT_MAX)
-        on_gpu = [
-            n_gpu_layers != 0 and tuning.has_gpu(None if device is None else [device])
-            for device in (devices or (None,))
-        ]
-        self._on_gpu = on_gpu[0]
-        given = tuning.Layout(n_contexts, n_threads, pack_tokens or n_ubatch, flash_attn)
-        known = [
-            tuning.remembered(model, gpu) for model, gpu in zip(self._models, on_gpu, strict=True)
-        ]
-        self.layouts = [
-            tuning.choose(
-                layout,
-                on_gpu=gpu,
-                given=given,
-                n_replicas=on_gpu.count(gpu),
-                cpu_backend=model.cpu_backend,
-            )
-            for model, gpu, layout in zip(self._models, on_gpu, known, strict=True)
-        ]
-        while True:
-            try:
-                self._scheduler = self._start(
-                    n_ctx,
-                    n_ubatch=n_ubatch,
-                    n_seq_max=n_seq_max,
-                    pooling_type=pooling_type,
-                    queue_tokens=queue_tokens,
-                    deterministic=deterministic,
-                    on_pack=on_pack,
-                )
-                break
-            except AllocationError:
-                # A GPU may have no room for a pack that others have room for.
-                most = max(layout.pack_tokens for layout in self.layouts)
-                if given.pack_tokens or most <= tuning.PACK_TOKENS_CPU:
-                    raise
-                self.layouts = [
-                    replace(layout, pack_tokens=min(layout.pack_tokens, most // 2))
-                    for layout in self.layouts
-                ]
-        self._limit = min(n_ctx, self._scheduler.context.n_tokens_max)
-        # Explicit sizes are kept; so is what has been measured before.
-        may_tune = known == [None] and not (given.pack_tokens or deterministic or devices)
-        self._calibration = tuning.Calibration(self._scheduler) if may_tune else None
+        self._engine = Engine(
+            resolve(path),
+            devices=devices,
+            n_gpu_layers=n_gpu_layers,
+            model_params={
+                "main_gpu": main_gpu,
+                "split_mode": split_mode,
+                "use_mmap": use_mmap,
+                "use_mlock": use_mlock,
+                "cpu_backend": cpu_backend,
+            },
+            n_ctx=n_ctx,
+            n_ubatch=n_ubatch,
+            n_seq_max=n_seq_max,
+            given=Layout(n_contexts, n_threads, pack_tokens or n_ubatch, flash_attn),
+            scheduler_params={
+                "pooling_type": pooling_type,
+                "queue_tokens": queue_tokens,
+                "deterministic": deterministic,
+                "on_pack": on_pack,
+            },
+        )
+        self.model = self._engine.models[0]
         self.prompts = prompts_of(self.model.metadata)
-        self._plans: dict[str, Plan] = {}
+        self._pipelines: dict[str, EmbedPipeline] = {}
         if devices is None and n_gpu_layers != 0:
             log_missing_gpu()
-        log_doubts(self.model, self.pooling_type, n_ctx)
+        log_doubts(self.model, self.pooling_type, self._engine.n_ctx_wanted)
         if self.pooling_type == PoolingType.RANK:
             warn_of_wrong_scores(self.model)
 
     @property
-    def layout(self) -> tuning.Layout:
+    def layouts(self) -> list[Layout]:
+        """How the model is computed on each of its devices."""
+        return self._engine.layouts
+
+    @property
+    def layout(self) -> Layout:
         """How the model is computed, on the first of its devices; `layouts` has all."""
-        return self.layouts[0]
+        return self._engine.layouts[0]
 
-    def _start(self, n_ctx: int, *, n_ubatch: int, n_seq_max: int, **how: Any) -> Scheduler:
-        """Return a scheduler for texts of up to `n_ctx` tokens, and packs as `layouts` has them."""
-
-        def sizes(layout: tuning.Layout) -> dict[str, Any]:
-            ubatch = n_ubatch or max(n_ctx, layout.pack_tokens)
-            seqs = n_seq_max or max(1, min(N_SEQ_MAX, layout.pack_tokens // 4))
-            return {
-                "n_contexts": layout.n_contexts,
-                "pack_tokens": layout.pack_tokens,
-                # The cells of a causal model hold a pack, and what its texts share, which is no
-                # more than a text; a model with a table of positions takes no more than it has.
-                "n_ctx": n_ctx + (0 if self.model.has_position_table else layout.pack_tokens),
-                "n_batch": max(n_ctx, ubatch, seqs),
-                "n_ubatch": ubatch,
-                "n_seq_max": seqs,
-                "n_threads": layout.n_threads,
-                "flash_attn": layout.flash_attn,
-            }
-
-        first, *others = map(sizes, self.layouts)
-        replicas = list(zip(self._models[1:], others, strict=True))
-        return Scheduler(self.model, replicas=replicas, **first, **how)
+    @property
+    def _scheduler(self) -> Scheduler:
+        return self._engine.scheduler
 
     def close(self) -> None:
         """Stop all work at once and free the model; calls that are running raise `ClosedError`."""
-        self._scheduler.close()
-        for model in self._models:
-            model.close()
+        self._engine.close()
 
     def __enter__(self) -> Llama:
         return self
@@ -296,12 +228,12 @@ class Llama:
     @property
     def n_ctx(self) -> int:
         """Tokens of the longest text that can be embedded, special tokens counted."""
-        return self._limit
+        return self._engine.n_ctx
 
     @property
     def pooling_type(self) -> PoolingType:
         """How rows of tokens become the row of a text."""
-        return self._scheduler.context.pooling_type
+        return self._engine.scheduler.context.pooling_type
 
     # ------------------------------------------------------------------------------- embedding
 
@@ -341,8 +273,8 @@ class Llama:
         PoolingError
             The model is a reranker.
         """
-        plan = self._plan(merge(options, changes))
-        return cast("np.ndarray", self._embed(plan, [text], timeout=timeout)[0])
+        request = EmbedRequest(self._pipeline(merge(options, changes)), [text], single=True)
+        return cast("np.ndarray", self._engine.run(request, timeout=timeout))
 
     def embed_texts(
         self,
@@ -393,10 +325,9 @@ class Llama:
         is lost: a `LlamaError` has ``rows``, what this call would have returned, and ``done``, a
         bool for each text that tells whether its row is there.
         """
-        plan = self._plan(merge(options, changes))
-        texts = _as_list(texts, "embed_texts")
-        rows = self._embed(plan, texts, dedup=dedup, timeout=timeout, progress=progress)
-        return cast("np.ndarray", rows)
+        pipeline = self._pipeline(merge(options, changes))
+        request = EmbedRequest(pipeline, _as_list(texts, "embed_texts"), dedup=dedup)
+        return cast("np.ndarray", self._engine.run(request, timeout=timeout, progress=progress))
 
     def embed_query(
         self, text: Text, *, options: EmbedOptions | None = None, **changes: Unpack[EmbedKeywords]
@@ -405,8 +336,8 @@ class Llama:
 
         A model whose prompts are not known (`prompts`) gets none.
         """
-        how = self._with_prompt("query", merge(options, changes))
-        return self.embed(text, options=how)
+        options = self._with_prompt("query", merge(options, changes))
+        return self.embed(text, options=options)
 
     def embed_documents(
         self,
@@ -419,8 +350,8 @@ class Llama:
 
         A model whose prompts are not known (`prompts`) gets none.
         """
-        how = self._with_prompt("document", merge(options, changes))
-        return self.embed_texts(_as_list(texts, "embed_documents"), options=how)
+        options = self._with_prompt("document", merge(options, changes))
+        return self.embed_texts(_as_list(texts, "embed_documents"), options=options)
 
     def embed_tokens(
         self, text: Text, *, options: EmbedOptions | None = None, **changes: Unpack[EmbedKeywords]
@@ -446,10 +377,11 @@ class Llama:
                 f"this Llama pools ({self.pooling_type.name}): make one with "
                 "pooling_type=PoolingType.NONE for the vectors of tokens"
             )
-        plan = self._plan(merge(options, changes))
-        ids = plan.encoder.encode(text)
-        as_it_is = self._plan(replace(plan.how, prompt=None, prompt_name=None))
-        return TokenEmbeddings(ids, plan.offsets(text, ids), self._embed(as_it_is, [ids])[0])
+        pipeline = self._pipeline(merge(options, changes))
+        ids = pipeline.tokenization.encode(text)
+        unprompted = self._pipeline(replace(pipeline.options, prompt=None, prompt_name=None))
+        vectors = self._engine.run(EmbedRequest(unprompted, [ids], single=True))
+        return TokenEmbeddings(ids, pipeline.offsets(text, ids), vectors)
 
     def embed_iter(
         self,
@@ -484,39 +416,8 @@ class Llama:
         if isinstance(texts, (str, bytes)):
             raise InputError("embed_iter takes an iterable of texts; for one text use embed()")
         # What cannot work fails here, not at the first block.
-        return self._stream(iter(texts), self._plan(merge(options, changes)), dedup, batch_size)
-
-    def _stream(
-        self, texts: Iterator[Text], plan: Plan, dedup: bool, batch_size: int
-    ) -> Iterator[np.ndarray]:
-        blocks: list[tuple[Job, Prepared, int]] = []
-        first = 0
-        try:
-            while True:
-                block = list(itertools.islice(texts, batch_size))
-                if block:
-                    work = plan.prepare(block)
-                    job = self._job(work, dedup=dedup)
-                    blocks.append((job, work, len(block)))
-                    job.add(work.units)
-                    job.seal()
-                if not blocks:
-                    return
-                # Two blocks ahead keep the workers busy while the caller uses its rows.
-                if not block or len(blocks) > 2:
-                    job, work, n_texts = blocks[0]
-                    rows = work.finish(job.wait())
-                    del blocks[0]
-                    first += n_texts
-                    self._tune(first, over=not block)
-                    yield cast("np.ndarray", rows)
-        except LlamaError as error:
-            if hasattr(error, "index"):
-                error.args = (f"{error} (counted from text {first} of the stream)",)
-            raise
-        finally:
-            for job, _, _ in blocks:
-                job.cancel()
+        pipeline = self._pipeline(merge(options, changes))
+        return self._engine.stream(_requests(pipeline, iter(texts), batch_size, dedup=dedup))
 
     def submit(
         self,
@@ -553,22 +454,16 @@ class Llama:
             texts and isinstance(texts[0], (int, np.integer))
         )
         batch = cast("list[Text]", [texts] if single else texts)
-        work = self._plan(merge(options, changes)).prepare(batch)
-        job = self._job(work, dedup=dedup)
-        try:
-            job.add(work.units, block=block)
-        except BaseException:
-            job.cancel()
-            raise
-        return self._scheduler.future(job, work.finish_one if single else work.finish)
+        pipeline = self._pipeline(merge(options, changes))
+        request = EmbedRequest(pipeline, batch, single=single, dedup=dedup)
+        return self._engine.submit(request, block=block)
 
     async def aembed(
         self, text: Text, *, options: EmbedOptions | None = None, **changes: Unpack[EmbedKeywords]
     ) -> np.ndarray:
         """Await the vector of one text; see `embed`."""
-        work = self._plan(merge(options, changes)).prepare([text])
-        rows = await aio.run(self._scheduler, self._job(work), work.units, work.finish_one)
-        return cast("np.ndarray", rows)
+        request = EmbedRequest(self._pipeline(merge(options, changes)), [text], single=True)
+        return cast("np.ndarray", await self._engine.arun(request))
 
     async def aembed_texts(
         self,
@@ -582,9 +477,9 @@ class Llama:
 
         Cancelling the task drops what waits and does not disturb other callers.
         """
-        work = self._plan(merge(options, changes)).prepare(_as_list(texts, "aembed_texts"))
-        job = self._job(work, dedup=dedup)
-        return cast("np.ndarray", await aio.run(self._scheduler, job, work.units, work.finish))
+        pipeline = self._pipeline(merge(options, changes))
+        request = EmbedRequest(pipeline, _as_list(texts, "aembed_texts"), dedup=dedup)
+        return cast("np.ndarray", await self._engine.arun(request))
 
     # ------------------------------------------------------------------------------- reranking
 
@@ -688,8 +583,10 @@ class Llama:
         scoring = self._scoring(
             activation, documents=documents, top_k=top_k, return_documents=return_documents
         )
-        job = self._rerank_job(query, len(documents), truncate)
-        return cast("np.ndarray", scoring(self._run(job, documents, timeout=timeout)))
+        template = PairTemplate(self.model, query)
+        tokenization = template.tokenization(limit=self.n_ctx, truncate=truncate)
+        request = RerankRequest(tokenization, documents, scoring)
+        return cast("np.ndarray", self._engine.run(request, timeout=timeout))
 
     def rerank_pairs(
         self,
@@ -715,10 +612,8 @@ class Llama:
         ndarray of float32, shape (n_pairs,)
             Scores in the order of the pairs; with several classes shape (n_pairs, n_cls_out).
         """
-        scoring = self._scoring(activation)
-        wanted = self._pairs(_as_list(pairs, "rerank_pairs"), truncate)
-        job = self._pairs_job(len(wanted))
-        return cast("np.ndarray", scoring(self._run(job, wanted, timeout=timeout)))
+        request = self._pairs_request(_as_list(pairs, "rerank_pairs"), activation, truncate)
+        return cast("np.ndarray", self._engine.run(request, timeout=timeout))
 
     @overload
     async def arerank(
@@ -771,8 +666,10 @@ class Llama:
         scoring = self._scoring(
             activation, documents=documents, top_k=top_k, return_documents=return_documents
         )
-        job = self._rerank_job(query, len(documents), truncate)
-        return cast("np.ndarray", await aio.run(self._scheduler, job, documents, scoring))
+        template = PairTemplate(self.model, query)
+        tokenization = template.tokenization(limit=self.n_ctx, truncate=truncate)
+        request = RerankRequest(tokenization, documents, scoring)
+        return cast("np.ndarray", await self._engine.arun(request))
 
     async def arerank_pairs(
         self,
@@ -782,10 +679,8 @@ class Llama:
         truncate: Truncate = False,
     ) -> np.ndarray:
         """Await how well the document of each pair answers its query; see `rerank_pairs`."""
-        scoring = self._scoring(activation)
-        wanted = self._pairs(_as_list(pairs, "arerank_pairs"), truncate)
-        job = self._pairs_job(len(wanted))
-        return cast("np.ndarray", await aio.run(self._scheduler, job, wanted, scoring))
+        request = self._pairs_request(_as_list(pairs, "arerank_pairs"), activation, truncate)
+        return cast("np.ndarray", await self._engine.arun(request))
 
     # ------------------------------------------------------------------------------- the rest
 
@@ -799,7 +694,7 @@ class Llama:
             together; ``workers``, a dict for each context: ``packs``, ``texts``, ``tokens``, and
             the seconds spent in ``wait_seconds``, ``decode_seconds`` and ``copy_seconds``.
         """
-        return self._scheduler.stats()
+        return self._engine.scheduler.stats()
 
     def recent_packs(self) -> np.ndarray:
         """Return the last packs, up to 4096, a structured array in the order in which they ended.
@@ -811,50 +706,24 @@ class Llama:
             the pack to its last row), of them ``decode_seconds`` and ``copy_seconds``,
             ``wait_seconds`` (of the worker, before it), ``queued_tokens`` (left behind it).
         """
-        return self._scheduler.recent_packs()
+        return self._engine.scheduler.recent_packs()
 
-    def _tune(self, n_done: int, *, over: bool = False) -> None:
-        """Let a job that goes on for long find the best size of a pack on its way."""
-        calibration = self._calibration
-        if calibration is None:
-            return
-        if over:
-            self._scheduler.pack_tokens = self.layout.pack_tokens
-        elif n_done >= CALIBRATION_TEXTS and (found := calibration.step()):
-            self._calibration = None
-            self.layouts = [replace(self.layout, pack_tokens=found)]
-            tuning.remember(self.model, self._on_gpu, self.layout)
-
-    def _plan(self, how: EmbedOptions) -> Plan:
+    def _pipeline(self, options: EmbedOptions) -> EmbedPipeline:
         """Return how to do what the options say; callers of single texts ask again and again."""
         if self.pooling_type == PoolingType.RANK:
             raise PoolingError("this model is a reranker (pooling RANK): use rerank()")
-        plan = self._plans.get(how.key)
-        if plan is None or plan.how.ranges is not how.ranges:
-            plan = Plan(how, self.model, self.pooling_type, self._limit, self.prompts)
-            if len(self._plans) < PLANS_MAX:
-                self._plans[how.key] = plan
-        return plan
+        pipeline = self._pipelines.get(options.key)
+        if pipeline is None or pipeline.options.ranges is not options.ranges:
+            pipeline = EmbedPipeline(
+                options, self.model, self.pooling_type, self.n_ctx, self.prompts
+            )
+            if len(self._pipelines) < PIPELINES_MAX:
+                self._pipelines[options.key] = pipeline
+        return pipeline
 
-    def _with_prompt(self, name: str, how: EmbedOptions) -> EmbedOptions:
-        if name not in self.prompts or how.prompt is not None or how.prompt_name is not None:
-            return how
-        return replace(how, prompt_name=name)
-
-    def _job(self, work: Prepared, *, dedup: bool = True) -> Job:
-        plan = work.plan
-        return self._scheduler.job(
-            plan.encoder, len(work.units), norm=plan.norm, width=plan.width, dedup=dedup
-        )
-
-    def _embed(self, plan: Plan, texts: list[Any], *, dedup: bool = True, **keywords: Any) -> Any:
-        """Return the vectors of texts."""
-        work = plan.prepare(texts)
-        try:
-            return work.finish(self._run(self._job(work, dedup=dedup), work.units, **keywords))
-        except LlamaError as error:
-            work.restate(error)
-            raise
+    def _with_prompt(self, name: str, options: EmbedOptions) -> EmbedOptions:
+        given = options.prompt is not None or options.prompt_name is not None
+        return options if given or name not in self.prompts else replace(options, prompt_name=name)
 
     def _scoring(self, activation: Activation, **wanted: Any) -> Scoring:
         if self.pooling_type != PoolingType.RANK:
@@ -868,48 +737,25 @@ class Llama:
             )
         return Scoring(self.model, activation, **wanted)
 
-    def _rerank_job(self, query: str, n_documents: int, truncate: Truncate) -> Job:
-        encoder = PairTemplate(self.model, query).encoder(limit=self._limit, truncate=truncate)
-        return self._scheduler.job(encoder, n_documents)
+    def _pairs_request(
+        self, pairs: list[Any], activation: Activation, truncate: Truncate
+    ) -> RerankRequest:
+        return RerankRequest(
+            Encoder(self.model.vocab, limit=self.n_ctx),
+            Pairs(self.model, pairs, limit=self.n_ctx, truncate=truncate),
+            self._scoring(activation),
+        )
 
-    def _pairs(self, pairs: list[Any], truncate: Truncate) -> Pairs:
-        return Pairs(self.model, pairs, limit=self._limit, truncate=truncate)
 
-    def _pairs_job(self, n_pairs: int) -> Job:
-        return self._scheduler.job(Encoder(self.model.vocab, limit=self._limit), n_pairs)
-
-    def _run(
-        self,
-        job: Job,
-        texts: list[Any] | Pairs,
-        *,
-        timeout: float | None = None,
-        progress: bool = False,
-    ) -> Any:
-        """Put the texts through the scheduler and return their rows."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        bar = require("tqdm", extra="progress").tqdm(total=len(texts)) if progress else None
-        try:
-            for start in range(0, len(texts), TEXTS_A_STEP):
-                job.add(texts[start : start + TEXTS_A_STEP], deadline=deadline)
-                if bar is not None:
-                    bar.update(job.n_done - bar.n)
-                self._tune(job.n_done)
-            job.seal()
-            self._tune(job.n_done, over=True)
-            return job.wait(
-                deadline=deadline,
-                progress=None if bar is None else lambda done: bar.update(done - bar.n),
-            )
-        except BaseException as error:
-            # Until this returns, workers may still write rows.
-            job.cancel()
-            if isinstance(error, LlamaError) and not isinstance(error, ClosedError):
-                error.rows, error.done = job.rows, job.done
-            raise
-        finally:
-            if bar is not None:
-                bar.close()
+def _requests(
+    pipeline: EmbedPipeline, texts: Iterator[Text], batch_size: int, *, dedup: bool
+) -> Iterator[EmbedRequest]:
+    """Yield a request per block of a stream."""
+    for first in itertools.count(0, batch_size):
+        block = list(itertools.islice(texts, batch_size))
+        if not block:
+            return
+        yield EmbedRequest(pipeline, block, dedup=dedup, first=first)
 
 
 def _as_list(texts: Iterable[Any], name: str) -> list[Any]:

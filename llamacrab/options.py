@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import numpy as np
 
 from llamacrab.errors import InputError
 
 if TYPE_CHECKING:
+    from typing import TypeAlias
+
     import numpy.typing as npt
 
-    from llamacrab.requests.reranking import Truncate
+    Truncate: TypeAlias = bool | Literal["end", "start", "middle"]
+
 
 # The p of a p-norm, or what stands for another scale; native/scheduler.hpp has the same numbers.
 NORMS = {"none": 0.0, "l1": 1.0, "l2": 2.0, "max": float("inf")}

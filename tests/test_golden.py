@@ -15,7 +15,7 @@ from helpers import (
 )
 
 from llamacrab import Llama, PoolingType, fetch_default_model
-from llamacrab.requests.reranking import PairTemplate
+from llamacrab.requests.pair_template import PairTemplate
 
 POOLINGS = {"mean": PoolingType.MEAN, "cls": PoolingType.CLS, "last": PoolingType.LAST}
 # transformers computes GELU exactly, llama.cpp by a table in half precision.
@@ -103,7 +103,7 @@ def test_pair_ids_equal_those_of_transformers(load, name):
     model = load(name).model
     for (query, document), ids in zip(want["pairs"], ragged(want), strict=True):
         template = PairTemplate(model, PAIRS["queries"][query])
-        got = template.encoder(limit=512).encode(PAIRS["documents"][document])
+        got = template.tokenization(limit=512).encode(PAIRS["documents"][document])
         np.testing.assert_array_equal(got, ids)
 
 

@@ -26,7 +26,8 @@ from helpers import (
 
 from llamacrab import Batch, Context, Llama, Model, PoolingType, errors
 from llamacrab._core import Encoder
-from llamacrab.requests.reranking import PairTemplate, Scoring
+from llamacrab.requests.pair_template import PairTemplate
+from llamacrab.requests.reranking import Scoring
 
 BOOL, UINT32 = gguf.GGUFValueType.BOOL, gguf.GGUFValueType.UINT32
 
@@ -266,7 +267,7 @@ def test_mnf_22_a_raw_score_is_squashed_once(load):
 
 def test_mnf_23_separators_are_those_of_the_model(load):
     model = load("tiny-xlmr-rank").model
-    ids = PairTemplate(model, "q").encoder(limit=99).encode("d").tolist()
+    ids = PairTemplate(model, "q").tokenization(limit=99).encode("d").tolist()
     vocab = model.vocab
     assert ids.count(vocab.eos) + (0 if vocab.sep == vocab.eos else ids.count(vocab.sep)) == 3
     assert b"None" not in b"".join(vocab.token_to_piece(i) for i in ids)
@@ -276,7 +277,7 @@ def test_mnf_23_separators_are_those_of_the_model(load):
 def test_mnf_24_a_causal_reranker_keeps_its_closing_template(load, side):
     llama = load("tiny-qwen3-rank")
     template = PairTemplate(llama.model, "who eats crabs?")
-    cut = template.encoder(limit=120, truncate=side).encode("crab " * 500)
+    cut = template.tokenization(limit=120, truncate=side).encode("crab " * 500)
     assert len(cut) == 120
     text = llama.model.vocab.detokenize(cut)
     before, after = llama.model.chat_template("rerank").split("{document}")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from llamacrab import EmbedOptions, errors
 from llamacrab._core import Encoder
-from llamacrab.requests.reranking import PairTemplate
+from llamacrab.requests.pair_template import PairTemplate
 
 SIDES = ("end", "start", "middle")
 LONG = " ".join(TEXTS[:30])
@@ -100,16 +100,16 @@ def test_of_a_pair_only_the_document_is_cut(load, name, side):
     model = load(name).model
     template = PairTemplate(model, "who eats crabs?")
     document = " ".join(f"w{i}" for i in range(300))
-    whole = template.encoder(limit=10_000).encode(document).tolist()
-    bare = template.encoder(limit=10_000).encode("").tolist()
+    whole = template.tokenization(limit=10_000).encode(document).tolist()
+    bare = template.tokenization(limit=10_000).encode("").tolist()
     for limit in (len(bare) + 20, len(bare) + 21):
-        cut = template.encoder(limit=limit, truncate=side).encode(document).tolist()
+        cut = template.tokenization(limit=limit, truncate=side).encode(document).tolist()
         assert len(cut) == limit
-        n_tail = len(template._tail)
+        n_tail = len(template._suffix_ids)
         assert cut[limit - n_tail :] == bare[len(bare) - n_tail :]
         # What leads to the document may be split together with its first word.
         n_head = len(bare) - n_tail - 1
-        assert cut[: len(template._head)] == bare[: len(template._head)]
+        assert cut[: len(template._prefix_ids)] == bare[: len(template._prefix_ids)]
         if side != "start":
             assert cut[:n_head] == whole[:n_head]
         text = model.vocab.detokenize(cut)

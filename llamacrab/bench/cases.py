@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llamacrab._core import PoolingType
+from llamacrab._engine import CALIBRATION_TEXTS
 from llamacrab.bench import workloads
-from llamacrab.llama import CALIBRATION_TEXTS, Llama
+from llamacrab.llama import Llama
 from llamacrab.options import EmbedOptions
 
 OPTIONS = EmbedOptions(truncate=True)

@@ -24,7 +24,8 @@ from llamacrab.similarity import semantic_search
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from llamacrab.requests.reranking import Activation, Truncate
+    from llamacrab.options import Truncate
+    from llamacrab.requests.reranking import Activation
 
 POOLINGS = {pooling.name.lower(): pooling for pooling in PoolingType if pooling >= 0}
 

@@ -41,6 +41,7 @@ from llamacrab.errors import (
     EmptyInputError,
     ForkError,
     InputError,
+    LlamaError,
     LlamaTimeoutError,
     ModelCorruptError,
     ModelError,

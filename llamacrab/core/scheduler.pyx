@@ -247,13 +247,17 @@ cdef class Scheduler:
         """
         return Job(self, encoder, n_texts, norm, width, dedup, share)
 
-    def future(self, Job job not None, convert=None):
+    def future(self, Job job not None, finish=None, remap_error=None):
         """Return a `concurrent.futures.Future` of a job, to which all texts have been added.
 
         Parameters
         ----------
-        convert : callable, optional
+        job : Job
+            The job.
+        finish : callable, optional
             Turns the job's rows into the future's result.
+        remap_error : callable, optional
+            Called with a `LlamaError` before it becomes the future's exception.
         """
         cdef _SchedulerHandle handle = self.handle()
         with self._lock:
@@ -261,7 +265,7 @@ cdef class Scheduler:
                 self._notifier = threading.Thread(
                     target=_notify, args=(handle,), name="llamacrab-notifier", daemon=True)
                 self._notifier.start()
-        future = _JobFuture(job, convert)
+        future = _JobFuture(job, finish, remap_error)
         job._future = future
         Py_INCREF(job)  # the notifier's, until the job has ended
         job._job.user = <void *>job
@@ -547,16 +551,19 @@ cdef class Job:
             error = CancelledError("the job was cancelled")
         if error is None:
             return 0
+        if not isinstance(error, (ClosedError, CancelledError)):
+            error.index = what.index
         raise error
 
 
 class _JobFuture(concurrent.futures.Future):
     """A future whose `cancel` reaches the scheduler, also while the job runs."""
 
-    def __init__(self, job, convert):
+    def __init__(self, job, finish, remap_error):
         super().__init__()
         self._llamacrab_job = job
-        self._llamacrab_convert = convert
+        self._llamacrab_finish = finish
+        self._llamacrab_remap_error = remap_error
 
     def cancel(self):
         cancelled = super().cancel()
@@ -572,10 +579,13 @@ class _JobFuture(concurrent.futures.Future):
             return
         try:
             rows = job.wait()
-            convert = self._llamacrab_convert
-            result = rows if convert is None else convert(rows)
+            finish = self._llamacrab_finish
+            result = rows if finish is None else finish(rows)
         except BaseException as error:
-            error.rows, error.done = job.rows, job.done
+            if isinstance(error, LlamaError):
+                error.rows, error.done = job.rows, job.done
+                if self._llamacrab_remap_error is not None:
+                    self._llamacrab_remap_error(error)
             self.set_exception(error)
         else:
             self.set_result(result)

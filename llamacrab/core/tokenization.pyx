@@ -105,16 +105,17 @@ cdef class Encoder:
         if (self._text_only or isinstance(ids, (bytes, bytearray, memoryview))
                 or not hasattr(ids, "__len__")):
             or_ids = "" if self._text_only else " or a sequence of token ids"
-            raise InputError(f"text {index} is {type(ids).__name__}, not str{or_ids}")
+            raise _about(
+                index, InputError(f"text {index} is {type(ids).__name__}, not str{or_ids}"))
         cdef const int32_t[::1] view
         try:
             array = as_token_ids(ids)
             view = array
             self.vocab.check_ids(view)
         except InputError as error:
-            raise InputError(f"text {index}: {error}") from None
+            raise _about(index, InputError(f"text {index}: {error}")) from None
         if len(array) == 0:
-            raise EmptyInputError(f"text {index} has no tokens")
+            raise _about(index, EmptyInputError(f"text {index} has no tokens"))
         cdef int64_t limit = self._native.limit
         if len(array) <= limit:
             return array
@@ -139,13 +140,19 @@ cdef class Encoder:
         if status == native.encode_status.too_long:
             return TextTooLongError(n_tokens, self._native.limit, index)
         if status == native.encode_status.empty:
-            return EmptyInputError(f"text {index} has no tokens")
+            return _about(index, EmptyInputError(f"text {index} has no tokens"))
         if status == native.encode_status.no_room:
-            return ContextError(
+            return _about(index, ContextError(
                 f"text {index}: of {self._native.limit} tokens none is left for the text beside "
                 "what stands around it: make n_ctx larger"
-            )
-        return InputError(f"text {index}: {_UNSPLITTABLE}")
+            ))
+        return _about(index, InputError(f"text {index}: {_UNSPLITTABLE}"))
+
+
+cdef object _about(int64_t index, error):
+    """Return an error that says which text of the call it is about."""
+    error.index = index
+    return error
 
 
 cdef int _truncate_side(truncate) except -1:

@@ -51,10 +51,10 @@ class Windows:
         size: int,
         overlap: int,
     ) -> None:
-        self.units: list[Any] = []
+        self.inputs: list[Any] = []
         firsts, weights = [], []
         for i, text in enumerate(texts):
-            firsts.append(len(self.units))
+            firsts.append(len(self.inputs))
             try:
                 ids = encoder.encode(text, i)
             except EmptyInputError:
@@ -62,11 +62,11 @@ class Windows:
             parts = bounds(len(ids), size, overlap)
             weights += [max(1, stop - start) for start, stop in parts]
             if len(parts) == 1:
-                self.units.append(text)
+                self.inputs.append(text)
             elif isinstance(text, str):
-                self.units += [np.concatenate([head, ids[a:b], tail]) for a, b in parts]
+                self.inputs += [np.concatenate([head, ids[a:b], tail]) for a, b in parts]
             else:
-                self.units += [ids[a:b] for a, b in parts]
+                self.inputs += [ids[a:b] for a, b in parts]
         self._firsts = np.array(firsts, dtype=np.intp)
         self._weights = np.array(weights, dtype=np.float32)
 
@@ -82,6 +82,6 @@ class Windows:
         """Return which texts have the rows of all their windows."""
         return np.logical_and.reduceat(done, self._firsts) if len(done) else done
 
-    def text_of(self, unit: int) -> int:
+    def text_of(self, window: int) -> int:
         """Return which text a window is of."""
-        return int(np.searchsorted(self._firsts, unit, side="right") - 1)
+        return int(np.searchsorted(self._firsts, window, side="right") - 1)

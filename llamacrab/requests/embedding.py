@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,52 +16,86 @@ from llamacrab.requests.offsets import kept, token_offsets
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from llamacrab._core import Job, Scheduler
+
 # More tokens than any text has.
 NO_LIMIT = 2**31 - 1
 
 
-@dataclass
-class Prepared:
-    """The texts of one call, ready for the scheduler."""
-
-    plan: Plan
-    units: list[Any]
-    windows: Windows | None = None
-
-    def finish(self, rows: Any) -> Any:
-        """Return what the call returns, from what the scheduler computed."""
-        how = self.plan.how
-        if how.dtype == "float32" and self.windows is None:
-            return rows
-        if not self.plan.pooled:
-            return [quantize.quantize(row, how.dtype, ranges=how.ranges) for row in rows]
-        if self.windows is not None:
-            rows = normalized(self.windows.pool(rows), how.norm)
-        return quantize.quantize(rows, how.dtype, ranges=how.ranges)
-
-    def finish_one(self, rows: Any) -> Any:
-        """Return the same of a call for a single text."""
-        return self.finish(rows)[0]
-
-    def restate(self, error: LlamaError) -> None:
-        """Have an error speak of texts, and hold their rows, where it speaks of windows."""
-        if error.rows is not None:
-            error.rows = self.finish(error.rows)
-        if self.windows is None:
-            return
-        if error.done is not None:
-            error.done = self.windows.done(error.done)
-        if hasattr(error, "index"):
-            error.index = self.windows.text_of(error.index)
-            error.args = (f"{error} (a window of text {error.index})",)
-
-
-class Plan:
-    """How the texts of calls with the same options are computed.
+class EmbedRequest:
+    """One call to embed texts; see `llamacrab._engine.Request`.
 
     Parameters
     ----------
-    how : EmbedOptions
+    pipeline : EmbedPipeline
+        How the texts are embedded.
+    texts : list of str or of sequences of int
+        The texts.
+    single : bool
+        The result is the embedding of the only text, not a list or matrix of one.
+    dedup : bool
+        Compute equal texts once.
+    first : int
+        The number that the caller knows the first text by.
+    """
+
+    def __init__(
+        self,
+        pipeline: EmbedPipeline,
+        texts: list[Any],
+        *,
+        single: bool = False,
+        dedup: bool = True,
+        first: int = 0,
+    ) -> None:
+        self._pipeline = pipeline
+        self._single = single
+        self._dedup = dedup
+        self._first = first
+        self._n_texts = len(texts)
+        self._windows: Windows | None = None
+        self.inputs = texts
+
+    def job(self, scheduler: Scheduler) -> Job:
+        """Split the texts into windows where they are to be, and return a job for all inputs."""
+        pipeline = self._pipeline
+        self._windows = pipeline.windows(self.inputs)
+        if self._windows is not None:
+            self.inputs = self._windows.inputs
+        return scheduler.job(
+            pipeline.tokenization,
+            len(self.inputs),
+            norm=pipeline.norm,
+            width=pipeline.width,
+            dedup=self._dedup,
+        )
+
+    def finish(self, rows: Any) -> Any:
+        """Return the embeddings."""
+        embeddings = self._pipeline.finish(rows, self._windows)
+        return embeddings[0] if self._single else embeddings
+
+    def remap_error(self, error: LlamaError) -> None:
+        """Make an error speak of the caller's texts, and hold their embeddings."""
+        if error.rows is None:  # it failed before there was a job
+            error.rows = self._pipeline.empty(self._n_texts)
+            error.done = np.zeros(self._n_texts, dtype=bool)
+        else:
+            error.rows = self._pipeline.finish(error.rows, self._windows)
+            if self._windows is not None:
+                error.done = self._windows.done(error.done)
+                if error.index is not None:
+                    error.renumber(self._windows.text_of(error.index), "in one of its windows")
+        if self._first and error.index is not None:
+            error.renumber(self._first + error.index)
+
+
+class EmbedPipeline:
+    """From texts to inputs, and from rows to embeddings, for calls with the same options.
+
+    Parameters
+    ----------
+    options : EmbedOptions
         What was asked for; all of it is checked here.
     model : Model
         The model.
@@ -75,62 +108,64 @@ class Plan:
 
     Attributes
     ----------
-    encoder : Encoder
-        Makes texts into ids.
+    options : EmbedOptions
+        As given.
+    tokenization : Encoder
+        Makes texts into token ids.
     norm, width : float, int
         What the scheduler is to do to rows.
     """
 
     def __init__(
         self,
-        how: EmbedOptions,
+        options: EmbedOptions,
         model: Model,
         pooling_type: PoolingType,
         limit: int,
         prompts: Mapping[str, str],
     ) -> None:
-        self.how = how
+        self.options = options
         self.pooled = pooling_type != PoolingType.NONE
-        self.width = _width(how, model)
+        self.width = _width(options, model)
         # Windows are averaged as they come, and their mean is normalized.
-        self.norm = 0.0 if how.chunk else how.norm
+        self.norm = 0.0 if options.chunk else options.norm
         vocab = model.vocab
-        self._prompt = prompt = _prompt(how, prompts)
-        prefix = _special("start_token", how.start_token, vocab.prefix, len(vocab))
-        suffix = _special("end_token", how.end_token, vocab.suffix, len(vocab))
+        self._prompt = prompt = _prompt(options, prompts)
+        prefix = _special("start_token", options.start_token, vocab.prefix, len(vocab))
+        suffix = _special("end_token", options.end_token, vocab.suffix, len(vocab))
         self._n_around = (len(prefix), len(suffix))
         around: dict[str, Any] = {
             "prefix": prefix,
             "suffix": suffix,
             "lead": prompt,
-            "parse_special": how.parse_special,
+            "parse_special": options.parse_special,
         }
-        self.encoder = Encoder(
+        self.tokenization = Encoder(
             vocab,
             limit=limit,
-            truncate=how.truncate,
-            text_only=bool(prompt) and not how.chunk,
+            truncate=options.truncate,
+            text_only=bool(prompt) and not options.chunk,
             **around,
         )
         self._uncut = Encoder(vocab, limit=NO_LIMIT, **around)
         self._chunking: dict[str, Any] | None = None
-        if how.chunk:
+        if options.chunk:
             if not self.pooled:
                 raise InputError("chunk= needs a pooling: without one there is no row to average")
             head = list(prefix)
             if prompt:
                 head += vocab.tokenize(
-                    prompt, add_special=False, parse_special=how.parse_special
+                    prompt, add_special=False, parse_special=options.parse_special
                 ).tolist()
             self._chunking = {
                 "head": head,
                 "tail": suffix,
-                "size": _window(how, limit, len(head) + len(suffix)),
-                "overlap": how.chunk_overlap,
+                "size": _window(options, limit, len(head) + len(suffix)),
+                "overlap": options.chunk_overlap,
                 "encoder": Encoder(
                     vocab,
                     limit=NO_LIMIT,
-                    parse_special=how.parse_special,
+                    parse_special=options.parse_special,
                     prefix=(),
                     suffix=(),
                     text_only=bool(prompt),
@@ -152,12 +187,26 @@ class Plan:
         places: np.ndarray = np.maximum(spans[kept(full, ids)] - len(self._prompt), 0)
         return places
 
-    def prepare(self, texts: list[Any]) -> Prepared:
-        """Return the texts of one call as the scheduler takes them."""
-        if self._chunking is None:
-            return Prepared(self, texts)
-        windows = Windows(texts, **self._chunking)
-        return Prepared(self, windows.units, windows)
+    def windows(self, texts: list[Any]) -> Windows | None:
+        """Return the texts as windows of tokens, where the options ask for that."""
+        return None if self._chunking is None else Windows(texts, **self._chunking)
+
+    def finish(self, rows: Any, windows: Windows | None) -> Any:
+        """Return embeddings, from the rows that the scheduler computed."""
+        options = self.options
+        if options.dtype == "float32" and windows is None:
+            return rows
+        if not self.pooled:
+            return [quantize.quantize(row, options.dtype, ranges=options.ranges) for row in rows]
+        if windows is not None:
+            rows = normalized(windows.pool(rows), options.norm)
+        return quantize.quantize(rows, options.dtype, ranges=options.ranges)
+
+    def empty(self, n_texts: int) -> Any:
+        """Return what stands for the embeddings of texts that were not computed."""
+        if not self.pooled:
+            return self.finish([np.empty((0, self.width), dtype=np.float32)] * n_texts, None)
+        return self.finish(np.zeros((n_texts, self.width), dtype=np.float32), None)
 
 
 def normalized(rows: np.ndarray, norm: float) -> np.ndarray:
@@ -180,33 +229,33 @@ def _special(name: str, given: bool | int, own: Sequence[int], n_tokens: int) ->
     return (int(given),)
 
 
-def _prompt(how: EmbedOptions, prompts: Mapping[str, str]) -> str:
-    if how.prompt_name is None:
-        return how.prompt or ""
-    if how.prompt is not None:
+def _prompt(options: EmbedOptions, prompts: Mapping[str, str]) -> str:
+    if options.prompt_name is None:
+        return options.prompt or ""
+    if options.prompt is not None:
         raise InputError("give prompt= or prompt_name=, not both")
-    if how.prompt_name not in prompts:
+    if options.prompt_name not in prompts:
         known = ", ".join(sorted(prompts)) or "none: pass prompt= instead"
-        raise InputError(f"no prompt is called {how.prompt_name!r}; this model's are {known}")
-    return prompts[how.prompt_name]
+        raise InputError(f"no prompt is called {options.prompt_name!r}; this model's are {known}")
+    return prompts[options.prompt_name]
 
 
-def _width(how: EmbedOptions, model: Model) -> int:
+def _width(options: EmbedOptions, model: Model) -> int:
     n_embd = model.n_embd_out
-    width = n_embd if how.dimensions is None else how.dimensions
+    width = n_embd if options.dimensions is None else options.dimensions
     if not isinstance(width, (int, np.integer)) or not 1 <= width <= n_embd:
         raise InputError(f"dimensions={width} is not from 1 to the model's {n_embd}")
-    quantize.check(how.dtype, int(width), how.ranges)
+    quantize.check(options.dtype, int(width), options.ranges)
     return int(width)
 
 
-def _window(how: EmbedOptions, limit: int, n_around: int) -> int:
+def _window(options: EmbedOptions, limit: int, n_around: int) -> int:
     """Return the tokens of a window without what stands around them."""
-    whole = limit if how.chunk is True else min(int(how.chunk), limit)
+    whole = limit if options.chunk is True else min(int(options.chunk), limit)
     size = whole - n_around
-    if size < 1 or not 0 <= how.chunk_overlap < size:
+    if size < 1 or not 0 <= options.chunk_overlap < size:
         raise InputError(
             f"windows of {whole} tokens, {n_around} of them special or of the prompt, cannot "
-            f"overlap by chunk_overlap={how.chunk_overlap}"
+            f"overlap by chunk_overlap={options.chunk_overlap}"
         )
     return size

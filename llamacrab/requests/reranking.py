@@ -1,12 +1,10 @@
-"""From a query and a document to the token ids of their pair, and from its row to a score."""
+"""Calls that rerank: from pairs of a query and a document to scores."""
 
 from __future__ import annotations
 
 import operator
-import re
 import warnings
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -18,157 +16,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import TypeAlias
 
-    from llamacrab._core import Model, Vocab
+    from llamacrab._core import Job, Model, Scheduler
+    from llamacrab.errors import LlamaError
+    from llamacrab.requests.pair_template import Pairs
 
     Activation: TypeAlias = Literal["none", "sigmoid", "softmax"]
-    Truncate: TypeAlias = bool | Literal["end", "start", "middle"]
-
-# Queries of `rerank_pairs` whose tokens are remembered, should they come again.
-QUERIES_KEPT = 4096
-
-
-class PairTemplate:
-    """Pairs one query with documents, in the format of llama-server's rerank endpoint.
-
-    That is the GGUF's chat template named ``rerank`` if it has one, with ``{query}`` and
-    ``{document}`` filled in, else ``[BOS] query [EOS][SEP] document [EOS]``, each special token
-    only where the GGUF asks for it (llama.cpp, ``format_prompt_rerank`` in tools/server). Special
-    tokens are read in the template only: one that a query or a document spells stays text.
-
-    Parameters
-    ----------
-    model : Model
-        The reranker.
-    query : str
-        The query.
-
-    Raises
-    ------
-    InputError
-        The query is no str.
-    UnsupportedModelError
-        The GGUF's template does not hold ``{document}`` exactly once.
-    """
-
-    def __init__(self, model: Model, query: str) -> None:
-        if not isinstance(query, str):
-            raise InputError(f"the query is {type(query).__name__}, not str")
-        self._vocab = vocab = model.vocab
-        template = model.chat_template("rerank")
-        # A pair is: head, then the tokens of lead + document + trail, then tail. Lead and trail are
-        # the text that touches the document: it must be split into tokens together with it.
-        self._lead = self._trail = ""
-        if template is None:
-            head, tail = _around_document(vocab, query)
-        elif template.count("{document}") != 1:
-            raise UnsupportedModelError(
-                f"the rerank template of {model.path} must hold {{document}} exactly once"
-            )
-        else:
-            before, after = template.split("{document}")
-            head = _split_at_special(vocab, before, query)
-            tail = _split_at_special(vocab, after, query)
-            self._lead, self._trail = str(head.pop()), str(tail.pop(0))
-        self._head = [token for piece in head for token in _ids(vocab, piece)]
-        # The document and what closes it are BERT's segment B.
-        shift = vocab.segment_b_offset or 0
-        self._tail = [int(token) + shift for piece in tail for token in _ids(vocab, piece)]
-
-    def encoder(self, *, limit: int, truncate: Truncate = False) -> Encoder:
-        """Return what turns a document into the token ids of its pair with the query.
-
-        Parameters
-        ----------
-        limit : int
-            Tokens of the longest pair.
-        truncate : bool or {"end", "start", "middle"}
-            Where to cut a document that is too long beside the query; never anything else.
-        """
-        return Encoder(
-            self._vocab,
-            limit=limit,
-            truncate=truncate,
-            prefix=self._head,
-            suffix=self._tail,
-            lead=self._lead,
-            trail=self._trail,
-            shift=self._vocab.segment_b_offset or 0,
-            text_only=True,
-        )
-
-
-def _ids(vocab: Vocab, piece: str | int) -> np.ndarray | list[int]:
-    return [piece] if isinstance(piece, int) else vocab.tokenize(piece, add_special=False)
-
-
-def _around_document(vocab: Vocab, query: str) -> tuple[list[str | int], list[str | int]]:
-    """Return what stands before and after the document where the GGUF has no template."""
-    closing = vocab.sep if vocab.eos is None else vocab.eos
-    bos = vocab.bos if vocab.add_bos else None
-    eos = closing if vocab.add_eos else None
-    sep = vocab.sep if vocab.add_sep else None
-    head, tail = (bos, query, eos, sep), (eos,)
-    return [piece for piece in head if piece is not None], [p for p in tail if p is not None]
-
-
-def _split_at_special(vocab: Vocab, template: str, query: str) -> list[str | int]:
-    """Return texts and, between them, ids of special tokens; the query is filled in.
-
-    A text stands first and last, empty where need be. Splitting before filling keeps what the query
-    spells from being read as special tokens.
-    """
-    spelled = {
-        vocab.token_to_piece(int(token)).decode("utf-8", "replace"): int(token)
-        for token in vocab.tokenize(template, add_special=False, parse_special=True)
-        if vocab.is_control(int(token))
-    }
-    spelled.pop("", None)
-    if not spelled:
-        return [template.replace("{query}", query)]
-    longest_first = sorted(spelled, key=len, reverse=True)
-    parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", template)
-    return [
-        spelled[part] if i % 2 else part.replace("{query}", query) for i, part in enumerate(parts)
-    ]
-
-
-class Pairs:
-    """Pairs of a query and a document, which become token ids when a slice is taken.
-
-    Parameters
-    ----------
-    model : Model
-        The reranker.
-    pairs : sequence of (str, str)
-        Query and document of each.
-    limit : int
-        Tokens of the longest pair.
-    truncate : bool or {"end", "start", "middle"}
-        Where to cut a document that is too long beside its query.
-    """
-
-    def __init__(
-        self, model: Model, pairs: Sequence[Any], *, limit: int, truncate: Truncate = False
-    ) -> None:
-        self._pairs = pairs
-        self._encoder_of = lru_cache(QUERIES_KEPT)(
-            lambda query: PairTemplate(model, query).encoder(limit=limit, truncate=truncate)
-        )
-
-    def __len__(self) -> int:
-        return len(self._pairs)
-
-    def __getitem__(self, wanted: slice) -> list[np.ndarray]:
-        return [self._ids(i) for i in range(len(self))[wanted]]
-
-    def _ids(self, index: int) -> np.ndarray:
-        pair = self._pairs[index]
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise InputError(f"pair {index} is no (query, document): {pair!r:.80}")
-        query, document = pair
-        if not isinstance(query, str):
-            raise InputError(f"the query of pair {index} is {type(query).__name__}, not str")
-        return self._encoder_of(query).encode(document, index)
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,12 +107,7 @@ class Scoring:
 
     def __call__(self, rows: np.ndarray) -> Any:
         """Return a score for each row, or one for each class, or sorted results."""
-        if self._activation == "sigmoid":
-            rows = np.exp(-np.logaddexp(0, -rows))
-        elif self._activation == "softmax":
-            rows = np.exp(rows - rows.max(axis=1, keepdims=True))
-            rows /= rows.sum(axis=1, keepdims=True)
-        scores = np.ascontiguousarray(rows[:, 0]) if self._single else rows
+        scores = self.scores(rows)
         if not self._sorted:
             return scores
         return [
@@ -269,6 +116,47 @@ class Scoring:
             )
             for i in np.argsort(-scores, kind="stable")[: self._top_k].tolist()
         ]
+
+    def scores(self, rows: np.ndarray) -> np.ndarray:
+        """Return a score for each row, or one for each class, in the order of the rows."""
+        if self._activation == "sigmoid":
+            rows = np.exp(-np.logaddexp(0, -rows))
+        elif self._activation == "softmax":
+            rows = np.exp(rows - rows.max(axis=1, keepdims=True))
+            rows /= rows.sum(axis=1, keepdims=True)
+        return np.ascontiguousarray(rows[:, 0]) if self._single else rows
+
+
+class RerankRequest:
+    """One call to rerank; see `llamacrab._engine.Request`.
+
+    Parameters
+    ----------
+    tokenization : Encoder
+        Makes an input into the ids of a pair.
+    inputs : list of str, or Pairs
+        The documents of one query; or pairs, which are ids already.
+    scoring : Scoring
+        Turns rows into scores.
+    """
+
+    def __init__(self, tokenization: Encoder, inputs: list[str] | Pairs, scoring: Scoring) -> None:
+        self._tokenization = tokenization
+        self._scoring = scoring
+        self.inputs = inputs
+
+    def job(self, scheduler: Scheduler) -> Job:
+        """Return a job for all pairs."""
+        return scheduler.job(self._tokenization, len(self.inputs))
+
+    def finish(self, rows: np.ndarray) -> Any:
+        """Return scores, or sorted results."""
+        return self._scoring(rows)
+
+    def remap_error(self, error: LlamaError) -> None:
+        """Give an error the scores of the pairs that were computed."""
+        if error.rows is not None:
+            error.rows = self._scoring.scores(error.rows)
 
 
 def _positive(top_k: int) -> int:

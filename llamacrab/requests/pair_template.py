@@ -1,0 +1,165 @@
+"""From a query and a document to the token ids of their pair."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from llamacrab._core import Encoder
+from llamacrab.errors import InputError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+
+    from llamacrab._core import Model, Vocab
+    from llamacrab.options import Truncate
+
+# Queries of `rerank_pairs` whose tokens are remembered, should they come again.
+QUERIES_KEPT = 4096
+
+
+class PairTemplate:
+    """Pairs one query with documents, in the format of llama-server's rerank endpoint.
+
+    That is the GGUF's chat template named ``rerank`` if it has one, with ``{query}`` and
+    ``{document}`` filled in, else ``[BOS] query [EOS][SEP] document [EOS]``, each special token
+    only where the GGUF asks for it (llama.cpp, ``format_prompt_rerank`` in tools/server). Special
+    tokens are read in the template only: one that a query or a document spells stays text.
+
+    Parameters
+    ----------
+    model : Model
+        The reranker.
+    query : str
+        The query.
+
+    Raises
+    ------
+    InputError
+        The query is no str.
+    UnsupportedModelError
+        The GGUF's template does not hold ``{document}`` exactly once.
+    """
+
+    def __init__(self, model: Model, query: str) -> None:
+        if not isinstance(query, str):
+            raise InputError(f"the query is {type(query).__name__}, not str")
+        self._vocab = vocab = model.vocab
+        template = model.chat_template("rerank")
+        # A pair is: prefix_ids, then the tokens of prefix_text + document + suffix_text, then
+        # suffix_ids. The two texts touch the document: they must be split together with it.
+        self._prefix_text = self._suffix_text = ""
+        if template is None:
+            prefix, suffix = _around_document(vocab, query)
+        elif template.count("{document}") != 1:
+            raise UnsupportedModelError(
+                f"the rerank template of {model.path} must hold {{document}} exactly once"
+            )
+        else:
+            before, after = template.split("{document}")
+            prefix = _split_at_special(vocab, before, query)
+            suffix = _split_at_special(vocab, after, query)
+            self._prefix_text, self._suffix_text = str(prefix.pop()), str(suffix.pop(0))
+        self._prefix_ids = [token for piece in prefix for token in _ids(vocab, piece)]
+        # The document and what closes it are BERT's segment B.
+        shift = vocab.segment_b_offset or 0
+        self._suffix_ids = [int(token) + shift for piece in suffix for token in _ids(vocab, piece)]
+
+    def tokenization(self, *, limit: int, truncate: Truncate = False) -> Encoder:
+        """Return what turns a document into the token ids of its pair with the query.
+
+        Parameters
+        ----------
+        limit : int
+            Tokens of the longest pair.
+        truncate : bool or {"end", "start", "middle"}
+            Where to cut a document that is too long beside the query; never anything else.
+        """
+        return Encoder(
+            self._vocab,
+            limit=limit,
+            truncate=truncate,
+            prefix=self._prefix_ids,
+            suffix=self._suffix_ids,
+            lead=self._prefix_text,
+            trail=self._suffix_text,
+            shift=self._vocab.segment_b_offset or 0,
+            text_only=True,
+        )
+
+
+def _ids(vocab: Vocab, piece: str | int) -> np.ndarray | list[int]:
+    return [piece] if isinstance(piece, int) else vocab.tokenize(piece, add_special=False)
+
+
+def _around_document(vocab: Vocab, query: str) -> tuple[list[str | int], list[str | int]]:
+    """Return what stands before and after the document where the GGUF has no template."""
+    closing = vocab.sep if vocab.eos is None else vocab.eos
+    bos = vocab.bos if vocab.add_bos else None
+    eos = closing if vocab.add_eos else None
+    sep = vocab.sep if vocab.add_sep else None
+    prefix, suffix = (bos, query, eos, sep), (eos,)
+    return [piece for piece in prefix if piece is not None], [p for p in suffix if p is not None]
+
+
+def _split_at_special(vocab: Vocab, template: str, query: str) -> list[str | int]:
+    """Return texts and, between them, ids of special tokens; the query is filled in.
+
+    A text stands first and last, empty where need be. Splitting before filling keeps what the query
+    spells from being read as special tokens.
+    """
+    spelled = {
+        vocab.token_to_piece(int(token)).decode("utf-8", "replace"): int(token)
+        for token in vocab.tokenize(template, add_special=False, parse_special=True)
+        if vocab.is_control(int(token))
+    }
+    spelled.pop("", None)
+    if not spelled:
+        return [template.replace("{query}", query)]
+    longest_first = sorted(spelled, key=len, reverse=True)
+    parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", template)
+    return [
+        spelled[part] if i % 2 else part.replace("{query}", query) for i, part in enumerate(parts)
+    ]
+
+
+class Pairs:
+    """Pairs of a query and a document, which become token ids when a slice is taken.
+
+    Parameters
+    ----------
+    model : Model
+        The reranker.
+    pairs : sequence of (str, str)
+        Query and document of each.
+    limit : int
+        Tokens of the longest pair.
+    truncate : bool or {"end", "start", "middle"}
+        Where to cut a document that is too long beside its query.
+    """
+
+    def __init__(
+        self, model: Model, pairs: Sequence[Any], *, limit: int, truncate: Truncate = False
+    ) -> None:
+        self._pairs = pairs
+        self._tokenization_of = lru_cache(QUERIES_KEPT)(
+            lambda query: PairTemplate(model, query).tokenization(limit=limit, truncate=truncate)
+        )
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __getitem__(self, wanted: slice) -> list[np.ndarray]:
+        return [self._ids(i) for i in range(len(self))[wanted]]
+
+    def _ids(self, index: int) -> np.ndarray:
+        pair = self._pairs[index]
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise InputError(f"pair {index} is no (query, document): {pair!r:.80}")
+        query, document = pair
+        if not isinstance(query, str):
+            raise InputError(f"the query of pair {index} is {type(query).__name__}, not str")
+        return self._tokenization_of(query).encode(document, index)
