@@ -174,7 +174,7 @@ class Context:
         n_ubatch: int = 0,
         n_seq_max: int = 1,
         n_threads: int = 0,
-        pooling_type: PoolingType = ...,
+        pooling_type: PoolingType | str = ...,
         flash_attn: bool | str | None = "auto",
         kv_unified: bool = True,
         offload_kqv: bool = True,

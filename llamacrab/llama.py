@@ -90,8 +90,9 @@ class Llama:
         Instead of one model that all GPUs share, a copy of it on each of these devices, by the
         names that ``llamacrab info --devices`` shows, all behind the one queue. They should be
         equally fast. `n_contexts` and `n_threads` are those of each copy.
-    pooling_type : PoolingType
-        How rows of tokens become the row of a text; UNSPECIFIED: what the GGUF says, else MEAN.
+    pooling_type : PoolingType or str
+        How rows of tokens become the row of a text, or its name, such as ``"mean"``; UNSPECIFIED:
+        what the GGUF says, else MEAN.
     flash_attn : bool or "auto"
         Flash attention.
     use_mmap, use_mlock : bool
@@ -146,7 +147,7 @@ class Llama:
         main_gpu: int = 0,
         split_mode: SplitMode = SplitMode.LAYER,
         devices: Sequence[str] | None = None,
-        pooling_type: PoolingType = PoolingType.UNSPECIFIED,
+        pooling_type: PoolingType | str = PoolingType.UNSPECIFIED,
         flash_attn: bool | str = "auto",
         use_mmap: bool = True,
         use_mlock: bool = False,
@@ -330,20 +331,28 @@ class Llama:
         return cast("np.ndarray", self._engine.run(request, timeout=timeout, progress=progress))
 
     def embed_query(
-        self, text: Text, *, options: EmbedOptions | None = None, **changes: Unpack[EmbedKeywords]
+        self,
+        text: Text,
+        *,
+        options: EmbedOptions | None = None,
+        timeout: float | None = None,
+        **changes: Unpack[EmbedKeywords],
     ) -> np.ndarray:
         """Return the vector of a search query: `embed` with the model's prompt for queries.
 
         A model whose prompts are not known (`prompts`) gets none.
         """
         options = self._with_prompt("query", merge(options, changes))
-        return self.embed(text, options=options)
+        return self.embed(text, options=options, timeout=timeout)
 
     def embed_documents(
         self,
         texts: Iterable[Text],
         *,
         options: EmbedOptions | None = None,
+        dedup: bool = True,
+        progress: bool = False,
+        timeout: float | None = None,
         **changes: Unpack[EmbedKeywords],
     ) -> np.ndarray:
         """Return the vectors of documents: `embed_texts` with the model's prompt for documents.
@@ -351,7 +360,9 @@ class Llama:
         A model whose prompts are not known (`prompts`) gets none.
         """
         options = self._with_prompt("document", merge(options, changes))
-        return self.embed_texts(_as_list(texts, "embed_documents"), options=options)
+        return self.embed_texts(
+            texts, options=options, dedup=dedup, progress=progress, timeout=timeout
+        )
 
     def embed_tokens(
         self, text: Text, *, options: EmbedOptions | None = None, **changes: Unpack[EmbedKeywords]
@@ -481,6 +492,24 @@ class Llama:
         request = EmbedRequest(pipeline, _as_list(texts, "aembed_texts"), dedup=dedup)
         return cast("np.ndarray", await self._engine.arun(request))
 
+    async def aembed_query(
+        self, text: Text, *, options: EmbedOptions | None = None, **changes: Unpack[EmbedKeywords]
+    ) -> np.ndarray:
+        """Await the vector of a search query; see `embed_query`."""
+        return await self.aembed(text, options=self._with_prompt("query", merge(options, changes)))
+
+    async def aembed_documents(
+        self,
+        texts: Iterable[Text],
+        *,
+        options: EmbedOptions | None = None,
+        dedup: bool = True,
+        **changes: Unpack[EmbedKeywords],
+    ) -> np.ndarray:
+        """Await the vectors of documents; see `embed_documents`."""
+        options = self._with_prompt("document", merge(options, changes))
+        return await self.aembed_texts(texts, options=options, dedup=dedup)
+
     # ------------------------------------------------------------------------------- reranking
 
     @property
@@ -580,13 +609,41 @@ class Llama:
             order of documents by several classes.
         """
         documents = _as_list(documents, "rerank")
-        scoring = self._scoring(
-            activation, documents=documents, top_k=top_k, return_documents=return_documents
+        request = self._rerank_request(
+            query, documents, truncate, activation, top_k, return_documents
         )
-        template = PairTemplate(self.model, query)
-        tokenization = template.tokenization(limit=self.n_ctx, truncate=truncate)
-        request = RerankRequest(tokenization, documents, scoring)
         return cast("np.ndarray", self._engine.run(request, timeout=timeout))
+
+    def submit_rerank(
+        self,
+        query: str,
+        documents: Iterable[str],
+        *,
+        top_k: int | None = None,
+        activation: Activation = "none",
+        return_documents: bool = False,
+        truncate: Truncate = False,
+        block: bool = True,
+    ) -> Future[Any]:
+        """Queue a query with its documents, and return at once a future of what `rerank` returns.
+
+        Parameters
+        ----------
+        query, documents, top_k, activation, return_documents, truncate
+            As for `rerank`.
+        block : bool
+            Wait while the queue is full; else raise `QueueFull`.
+
+        Returns
+        -------
+        concurrent.futures.Future
+            Cancelling it works as for `submit`.
+        """
+        documents = _as_list(documents, "submit_rerank")
+        request = self._rerank_request(
+            query, documents, truncate, activation, top_k, return_documents
+        )
+        return self._engine.submit(request, block=block)
 
     def rerank_pairs(
         self,
@@ -663,12 +720,9 @@ class Llama:
     ) -> np.ndarray | list[RerankResult]:
         """Await how well each document answers the query; see `rerank`."""
         documents = _as_list(documents, "arerank")
-        scoring = self._scoring(
-            activation, documents=documents, top_k=top_k, return_documents=return_documents
+        request = self._rerank_request(
+            query, documents, truncate, activation, top_k, return_documents
         )
-        template = PairTemplate(self.model, query)
-        tokenization = template.tokenization(limit=self.n_ctx, truncate=truncate)
-        request = RerankRequest(tokenization, documents, scoring)
         return cast("np.ndarray", await self._engine.arun(request))
 
     async def arerank_pairs(
@@ -736,6 +790,22 @@ class Llama:
                 )
             )
         return Scoring(self.model, activation, **wanted)
+
+    def _rerank_request(
+        self,
+        query: str,
+        documents: list[str],
+        truncate: Truncate,
+        activation: Activation,
+        top_k: int | None,
+        return_documents: bool,
+    ) -> RerankRequest:
+        scoring = self._scoring(
+            activation, documents=documents, top_k=top_k, return_documents=return_documents
+        )
+        template = PairTemplate(self.model, query)
+        tokenization = template.tokenization(limit=self.n_ctx, truncate=truncate)
+        return RerankRequest(tokenization, documents, scoring)
 
     def _pairs_request(
         self, pairs: list[Any], activation: Activation, truncate: Truncate

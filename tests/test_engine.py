@@ -169,3 +169,62 @@ def test_a_long_run_finds_the_size_of_its_packs(way, tmp_path, monkeypatch):
             embed_corpus(texts, tmp_path / "out", llama)
         assert tuning.remembered(llama.model, False) is not None
         assert llama._scheduler.pack_tokens == llama.layout.pack_tokens
+
+
+@pytest.mark.parametrize("name", ["mean", "MEAN", "Mean", PoolingType.MEAN])
+def test_a_pooling_may_be_given_by_name(name):
+    with Llama(DATA / "tiny-bert.gguf", pooling_type=name) as llama:
+        assert llama.pooling_type is PoolingType.MEAN
+
+
+@pytest.mark.parametrize("wrong", ["average", 9, None, ""])
+def test_a_wrong_pooling_is_refused_with_the_choices(wrong):
+    with pytest.raises(errors.PoolingError, match="'mean', 'cls', 'last', 'rank'"):
+        Llama(DATA / "tiny-bert.gguf", pooling_type=wrong)
+
+
+def test_queries_and_documents_take_what_other_calls_take(tiny, capsys):
+    texts = TEXTS[:8]
+    query = tiny.embed_query(texts[0], truncate=True, timeout=60)
+    documents = tiny.embed_documents(texts, truncate=True, timeout=60, progress=True, dedup=False)
+    assert "8/8" in capsys.readouterr().err
+    with pytest.raises(errors.LlamaTimeoutError):
+        tiny.embed_documents(TEXTS, truncate=True, timeout=0)
+    with pytest.raises(errors.LlamaTimeoutError):
+        tiny.embed_query(texts[0], truncate=True, timeout=0)
+
+    async def both():
+        return (
+            await tiny.aembed_query(texts[0], truncate=True),
+            await tiny.aembed_documents(iter(texts), truncate=True),
+        )
+
+    awaited_query, awaited_documents = asyncio.run(both())
+    np.testing.assert_allclose(awaited_query, query, atol=1e-3)
+    np.testing.assert_allclose(awaited_documents, documents, atol=1e-3)
+
+
+def test_queries_and_documents_get_their_prompts_however_they_are_embedded(load, monkeypatch):
+    llama = load("tiny-bert")
+    monkeypatch.setattr(llama, "prompts", {"query": "ask: ", "document": "read: "})
+    monkeypatch.setattr(llama, "_pipelines", {})
+    text = "who eats crabs"
+    for got, whole in (
+        (llama.embed_query(text), "ask: " + text),
+        (asyncio.run(llama.aembed_query(text)), "ask: " + text),
+        (llama.embed_documents([text])[0], "read: " + text),
+        (asyncio.run(llama.aembed_documents([text]))[0], "read: " + text),
+    ):
+        np.testing.assert_allclose(got, llama.embed(whole), atol=1e-3)
+
+
+def test_a_future_of_a_reranking_gives_what_the_call_gives(load):
+    llama = load("tiny-bert-rank")
+    query, documents = "who eats crabs?", TEXTS[:12]
+    scores = llama.submit_rerank(query, documents, truncate=True).result(timeout=60)
+    np.testing.assert_allclose(scores, llama.rerank(query, documents, truncate=True), atol=5e-3)
+    best = llama.submit_rerank(
+        query, iter(documents), top_k=3, return_documents=True, truncate=True
+    ).result(timeout=60)
+    assert [one.index for one in best] == np.argsort(-scores, kind="stable")[:3].tolist()
+    assert [one.document for one in best] == [documents[one.index] for one in best]

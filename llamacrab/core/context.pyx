@@ -42,7 +42,7 @@ cdef class Context:
         Sequences that one `decode` can take, at most 256.
     n_threads : int
         Threads to compute with; 0: as many as this process may use.
-    pooling_type : PoolingType
+    pooling_type : PoolingType or str
         UNSPECIFIED: what the GGUF says, else MEAN.
     flash_attn : bool or "auto"
         Flash attention.

@@ -11,6 +11,14 @@ class PoolingType(enum.IntEnum):
     LAST = c.LLAMA_POOLING_TYPE_LAST  #: the last token
     RANK = c.LLAMA_POOLING_TYPE_RANK  #: the scores of the classification head
 
+    @classmethod
+    def _missing_(cls, value):
+        """Take a name in any case, such as ``"mean"``."""
+        if isinstance(value, str) and value.upper() in cls.__members__:
+            return cls[value.upper()]
+        names = ", ".join(f"'{name.lower()}'" for name in cls.__members__)
+        raise PoolingError(f"pooling_type must be a PoolingType or one of {names}, not {value!r}")
+
 
 class SplitMode(enum.IntEnum):
     """How a model is spread over several GPUs (``llama_split_mode``)."""
