@@ -171,7 +171,7 @@ def test_rows_that_are_wrong_fail_or_are_listed_with_the_reason(tiny, tmp_path):
     bad = [b'{"text": "good one"}', b"no json", b'{"text": "\xff"}', b'{"other": 1}', b"[1]"]
     bad += [b'{"text": null}', json.dumps({"text": "long " * 500}).encode(), b'{"text": "last"}']
     path.write_bytes(b"\n".join(bad) + b"\n")
-    with pytest.raises(CorpusError, match=r"row 1: rows\.jsonl: "):
+    with pytest.raises(CorpusError, match=r"row 1: rows\.jsonl, line 2: no JSON: "):
         embed_corpus(path, tmp_path / "fail", tiny)
     done = embed_corpus(path, tmp_path / "skip", tiny, on_error="skip")
     assert (done.n_rows, done.n_rejected) == (2, 6)
