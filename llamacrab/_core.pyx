@@ -31,6 +31,7 @@ import weakref
 
 import numpy as np
 
+from llamacrab import advice
 from llamacrab.errors import (
     AllocationError,
     CancelledError,

@@ -8,17 +8,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from llamacrab import _core, tuning
+from llamacrab import _core
 from llamacrab._extras import require
 from llamacrab._versions import __version__
-from llamacrab.corpus import exports, files, shards
+from llamacrab.corpus import exports, files, shards, vectors
 from llamacrab.corpus.interrupt import Interrupt
 from llamacrab.corpus.manifest import Manifest, Shard
 from llamacrab.corpus.progress import Progress
@@ -162,9 +162,7 @@ def embed_corpus(
             "input_format": input_format,
             "keep": list(keep),
             "keep_text": keep_text,
-            "model": tuning.content_key(Path(llama.model.path)),
-            "pooling_type": llama.pooling_type.name,
-            "options": _as_json(how),
+            **vectors.describe(llama, how),
             "format": format,
             "on_error": on_error,
         }
@@ -400,7 +398,8 @@ class _Run:
             except (InputError, NumericalError) as wrong:
                 reason = str(wrong).replace("text 0", "the text", 1)
                 if not self._skip:
-                    raise CorpusError(f"row {block.first + int(i)}: {reason}") from wrong
+                    row = block.first + int(i)
+                    raise CorpusError(f"row {row}: {reason}", row=row) from wrong
                 block.reasons[int(i)] = reason
         if kept:
             return np.stack(kept)
@@ -431,11 +430,6 @@ class _Run:
             first=first,
             n_read=len(done),
         )
-
-
-def _as_json(how: EmbedOptions) -> dict[str, Any]:
-    ranges = None if how.ranges is None else np.asarray(how.ranges).tolist()
-    return {**asdict(replace(how, ranges=None)), "ranges": ranges}
 
 
 def _versions() -> dict[str, str]:

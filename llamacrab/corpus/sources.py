@@ -43,7 +43,8 @@ class Block:
         """Raise for the first row that has no text, with its number."""
         if self.reasons:
             place, why = min(self.reasons.items())
-            raise CorpusError(f"row {self.first + place}: {why}")
+            row = self.first + place
+            raise CorpusError(f"row {row}: {why}", row=row)
 
     def slice(self, start: int, stop: int) -> Block:
         """Return a part of it."""
@@ -95,6 +96,15 @@ class Source:
             return len(self._data) if hasattr(self._data, "__len__") else None
         counts = [files.count_rows(path, files.kind_of(path, self._kind)) for path in self._paths]
         return None if None in counts else sum(count or 0 for count in counts)
+
+    def texts(self, *, refuse_wrong: bool = True) -> list[str | None]:
+        """Return the texts of all rows; None, or an error, for a row that has none."""
+        texts: list[str | None] = []
+        for block in self.blocks(0):
+            if refuse_wrong:
+                block.refuse_wrong()
+            texts += block.texts
+        return texts
 
     def blocks(self, start: int) -> Iterator[Block]:
         """Yield the rows from row `start` on."""
