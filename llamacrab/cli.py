@@ -49,7 +49,7 @@ POOLINGS = {pooling.name.lower(): pooling for pooling in PoolingType if pooling 
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code; errors are one line on standard error."""
     warnings.showwarning = _show_warning
-    logging.getLogger("llamacrab.doubts").addHandler(_Doubts())
+    logging.getLogger("llamacrab.doubts").addHandler(_DOUBTS)
     try:
         # Asked for nothing, it says what it can do.
         arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
@@ -72,6 +72,9 @@ class _Doubts(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         _complain(f"warning: {record.getMessage()}", 0)
+
+
+_DOUBTS = _Doubts()
 
 
 def _show_warning(message: Warning | str, *where: object, **how: object) -> None:

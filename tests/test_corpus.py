@@ -98,6 +98,15 @@ def test_every_kind_of_source_gives_the_same_rows_in_order(tiny, expected, tmp_p
         assert (done.n_rows, done.n_rejected, done.complete) == (700, 0, True)
 
 
+def test_the_kind_of_a_file_can_be_given(tiny, tmp_path):
+    path = tmp_path / "rows.export"
+    path.write_text("id,text\n1,a crab\n2,sand\n")
+    embed_corpus(path, tmp_path / "out", tiny, input_format="csv", keep=["id"], keep_text=True)
+    assert table_of(tmp_path / "out").column("text").to_pylist() == ["a crab", "sand"]
+    with pytest.raises(InputError, match="input_format must be one of lines, jsonl, csv"):
+        embed_corpus(path, tmp_path / "out", tiny, input_format="pdf")
+
+
 def test_plain_lines_are_texts(tiny, tmp_path):
     path = tmp_path / "lines.txt"
     path.write_text("".join(f"{row['text']}\n" for row in ROWS[:50]), encoding="utf-8")

@@ -152,7 +152,8 @@ def embed_corpus(
     for target in targets:
         exports.check(target, format=format, dtype=how.dtype)
     if input_format not in (None, *files.KINDS):
-        raise InputError(f"input_format must be one of {', '.join(files.KINDS)}")
+        known = ", ".join(files.KINDS)
+        raise InputError(f"input_format must be one of {known}, not {input_format!r}")
     require("pyarrow", extra="corpus")
     reader = Source(source, text=text, keep=tuple(keep), kind=input_format)
     with _loaded(model, devices) as llama:
