@@ -294,6 +294,16 @@ def test_vectors_of_texts_that_were_edited_are_refused(run, corpus, name):
     assert "embed the corpus again" in err
 
 
+@pytest.mark.parametrize("name", ["c.npy", "parquet"])
+def test_a_row_that_has_no_text_any_more_is_refused(run, corpus, name):
+    out = embed_to(run, corpus, name)
+    corpus.write_text(CSV.replace("a crab", ""))
+    (corpus.parent / "c.npy.json").unlink(missing_ok=True)
+    code, shown, err = searched(run, corpus, "--vectors", out)
+    assert (code, shown) == (1, "")
+    assert f"row 0 of {out} is of another text" in err
+
+
 def test_files_that_do_not_belong_together_are_refused(run, corpus, tmp_path, expected):
     out = embed_to(run, corpus, "c.npy")
     np.save(out, expected[::-1])

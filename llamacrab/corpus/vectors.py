@@ -281,8 +281,10 @@ class Vectors:
                     f"{self.path} has shape {rows.shape}, but there are {len(texts)} texts and "
                     f"the model has {width} {unit}"
                 )
-            for number, text in zip(numbers, kept or (), strict=False):
-                if number >= len(texts) or texts[number] != text:
+            texts_then: Sequence[str | None] = kept or [None] * len(numbers)
+            for number, text in zip(numbers, texts_then, strict=True):
+                now = texts[number] if number < len(texts) else None
+                if now is None or text not in (None, now):
                     raise CorpusError(f"row {number} of {self.path} is of another text: {_AGAIN}")
             if changed:
                 raise CorpusError(f"{self.path} was made of other texts: {_AGAIN}")
