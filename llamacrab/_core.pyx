@@ -31,7 +31,6 @@ import weakref
 
 import numpy as np
 
-from llamacrab import advice
 from llamacrab.errors import (
     AllocationError,
     CancelledError,

@@ -302,10 +302,9 @@ cdef tuple _read_header(str path):
         with open(path, "rb") as file:
             magic = file.read(4)
     except FileNotFoundError:
-        raise ModelNotFoundError(f"no model file at {path}{advice.on_missing(path)}") from None
+        raise ModelNotFoundError(f"no model file at {path}") from None
     except (OSError, ValueError) as error:
-        why = advice.on_folder(path) if os.path.isdir(path) else error
-        raise ModelError(f"cannot read {path}: {why}") from None
+        raise ModelError(f"cannot read {path}: {error}") from None
     if magic != b"GGUF":
         raise ModelFormatError(f"{path} is not a GGUF: it starts with {magic!r}, not b'GGUF'")
     cdef c.gguf_init_params params

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from helpers import DATA, gguf_path, python, rewrite_gguf
+from helpers import gguf_path, python, rewrite_gguf
 
 from llamacrab import Llama, cli
 
@@ -405,30 +405,6 @@ def test_info_says_where_no_prompts_are_known(run, prompted):
 
 
 # ------------------------------------------------------------------------------ clear messages
-
-
-def test_a_folder_as_model_is_answered_with_the_command_that_converts_it(run, tmp_path):
-    folder = DATA / "tiny-bert-hf"
-    _, _, err = run("info", folder)
-    assert f"llamacrab convert {folder} -o tiny-bert-hf.gguf" in err
-    (tmp_path / "my model").mkdir()
-    code, _, err = run("embed", "-", "-o", "-", "-m", tmp_path / "my model", stdin="a\n")
-    assert (code, "neither a GGUF nor the config.json" in err) == (1, True)
-    (tmp_path / "my model" / "config.json").write_text("{}")
-    _, _, err = run("info", tmp_path / "my model")
-    assert f"llamacrab convert '{tmp_path / 'my model'}' -o 'my model.gguf'" in err
-    (tmp_path / "my model" / "b-q8_0.gguf").write_bytes(b"")
-    _, _, err = run("info", tmp_path / "my model")
-    assert "name one of its files: b-q8_0.gguf" in err
-
-
-def test_a_name_of_a_hub_as_model_is_answered_with_convert(run):
-    for name in ("sentence-transformers/all-MiniLM-L6-v2", "bge-small"):
-        code, _, err = run("info", name)
-        assert code == 1
-        assert f"no model file at {name}; models are not fetched by name" in err
-        assert "llamacrab convert FOLDER" in err
-    assert "fetched by name" not in run("info", "none.gguf")[2]
 
 
 def test_a_pooling_that_contradicts_the_gguf_is_warned_of(run, tmp_path):
