@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from llamacrab._core import Model
 
 _logger = logging.getLogger("llamacrab")
+# What is doubtful about a model has a name of its own, which the command line shows.
+_doubts_logger = logging.getLogger("llamacrab._diagnostics")
 
 # Without pooling and with the head nothing is pooled otherwise than the model was trained.
 _POOLED = (PoolingType.MEAN, PoolingType.CLS, PoolingType.LAST)
@@ -34,7 +36,7 @@ def log_missing_gpu() -> None:
 def log_doubts(model: Model, pooling_type: PoolingType, n_ctx: int) -> None:
     """Log a warning for everything about a model that makes good vectors unlikely."""
     for doubt in _doubts(model, pooling_type, n_ctx):
-        _logger.warning("%s: %s", model.path, doubt)
+        _doubts_logger.warning("%s: %s", model.path, doubt)
 
 
 def _doubts(model: Model, pooling_type: PoolingType, n_ctx: int) -> Iterator[str]:

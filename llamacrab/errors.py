@@ -150,7 +150,17 @@ class NumericalError(LlamaError, ArithmeticError):
 
 
 class CorpusError(LlamaError, ValueError):
-    """A bulk job cannot go on: its folder holds another job, or a row of its source is wrong."""
+    """A bulk job cannot go on: its folder holds another job, or a row of its source is wrong.
+
+    Attributes
+    ----------
+    row : int or None
+        The row of the source that is wrong, counted from 0.
+    """
+
+    def __init__(self, message: str, *, row: int | None = None) -> None:
+        super().__init__(message)
+        self.row = row
 
 
 class BenchError(LlamaError, RuntimeError):

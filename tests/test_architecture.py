@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "llama": {
         "errors", "_core", "options", "requests", "models", "tuning", "_engine", "_diagnostics",
     },
-    "corpus": {"errors", "_core", "_support", "options", "llama", "tuning"},
+    "corpus": {"errors", "_core", "_support", "options", "similarity", "llama", "tuning"},
     "integrations": {"errors", "_support", "options", "llama"},
     "bench": {"errors", "_core", "_support", "options", "tuning", "_engine", "llama"},
     "cli": {
@@ -98,7 +98,9 @@ def test_kernels_know_nothing_of_the_scheduler_and_the_arithmetic_nothing_of_ggm
         assert not any("native/" in name for name in used), path
         in_simd = "simd" in path.parts
         assert not (in_simd and any(name.startswith(("ggml", "llama")) for name in used)), path
-        assert in_simd or not any(name.endswith("intrin.h") or "neon" in name for name in used), path
+        assert in_simd or not any(name.endswith("intrin.h") or "neon" in name for name in used), (
+            path
+        )
 
 
 def test_a_foreign_function_is_declared_in_one_file():

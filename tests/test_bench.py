@@ -51,6 +51,16 @@ def test_a_bench_of_an_embedder_measures_every_case():
     assert any(line.startswith("short ") for line in lines)
 
 
+def test_the_table_shows_the_median_of_an_even_number_of_rounds():
+    case = {"rates": [1000.0, 4000.0, 2000.0, 1.0], "n_tokens": 0, "latency_ms": None}
+    layout = {"n_contexts": 1, "n_threads": 1, "pack_tokens": 64}
+    about = {"model": "m.gguf", "desc": "a model", "layout": layout}
+    side = {"label": "this", "about": about, "peak_rss": None, "cases": {"load": case}}
+    result = {"machine": {"cpu": "a CPU", "cpus": 1}, "texts": "texts", "sides": [side]}
+    *_, row = report.table(result).splitlines()
+    assert row.split() == ["load", "1,500.0", "1.0", "4,000.0"]
+
+
 def test_a_bench_of_a_reranker_measures_pairs():
     result = bench.run(gguf_path("tiny-bert-rank"), **QUICK)
     assert list(result["sides"][0]["cases"]) == ["load", "tokenize", "rerank"]

@@ -48,7 +48,11 @@ def test_embed_writes_a_matrix_with_a_row_a_line(source, tmp_path):
     rows = np.load(tmp_path / "rows.npy")
     assert rows.dtype == np.float32
     np.testing.assert_allclose(rows, expected(), atol=1e-2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["lines.txt", "rows.npy"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "lines.txt",
+        "rows.npy",
+        "rows.npy.json",
+    ]
 
 
 def test_embed_reads_standard_input_and_json_lines(tmp_path):

@@ -98,6 +98,15 @@ def test_every_kind_of_source_gives_the_same_rows_in_order(tiny, expected, tmp_p
         assert (done.n_rows, done.n_rejected, done.complete) == (700, 0, True)
 
 
+def test_the_kind_of_a_file_can_be_given(tiny, tmp_path):
+    path = tmp_path / "rows.export"
+    path.write_text("id,text\n1,a crab\n2,sand\n")
+    embed_corpus(path, tmp_path / "out", tiny, input_format="csv", keep=["id"], keep_text=True)
+    assert table_of(tmp_path / "out").column("text").to_pylist() == ["a crab", "sand"]
+    with pytest.raises(InputError, match="input_format must be one of lines, jsonl, csv"):
+        embed_corpus(path, tmp_path / "out", tiny, input_format="pdf")
+
+
 def test_plain_lines_are_texts(tiny, tmp_path):
     path = tmp_path / "lines.txt"
     path.write_text("".join(f"{row['text']}\n" for row in ROWS[:50]), encoding="utf-8")
@@ -171,7 +180,7 @@ def test_rows_that_are_wrong_fail_or_are_listed_with_the_reason(tiny, tmp_path):
     bad = [b'{"text": "good one"}', b"no json", b'{"text": "\xff"}', b'{"other": 1}', b"[1]"]
     bad += [b'{"text": null}', json.dumps({"text": "long " * 500}).encode(), b'{"text": "last"}']
     path.write_bytes(b"\n".join(bad) + b"\n")
-    with pytest.raises(CorpusError, match=r"row 1: rows\.jsonl: "):
+    with pytest.raises(CorpusError, match=r"row 1: rows\.jsonl, line 2: no JSON: "):
         embed_corpus(path, tmp_path / "fail", tiny)
     done = embed_corpus(path, tmp_path / "skip", tiny, on_error="skip")
     assert (done.n_rows, done.n_rejected) == (2, 6)

@@ -19,6 +19,6 @@ def require(package: str, *, extra: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
-        if error.name != package.partition(".")[0]:
+        if error.name not in (package, package.partition(".")[0]):
             raise
         raise MissingExtraError(package, extra) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from llamacrab._support.extras import require
@@ -36,8 +37,8 @@ def table(result: dict[str, Any], ratios: dict[str, Ratio] | None = None) -> str
 
 
 def _row(name: str, case: dict[str, Any]) -> str:
-    rates = sorted(case["rates"])
-    row = f"{name:10} {rates[len(rates) // 2]:10,.1f} {rates[0]:10,.1f} {rates[-1]:10,.1f}"
+    rates = case["rates"]
+    row = f"{name:10} {median(rates):10,.1f} {min(rates):10,.1f} {max(rates):10,.1f}"
     row += f" {case['tokens_per_second']:10,.0f}" if case["n_tokens"] else f" {'':10}"
     row += f" {case['gemm_share']:8.1%}" if case["n_tokens"] and name != "tokenize" else f" {'':8}"
     for value in (case["latency_ms"] or {}).values():

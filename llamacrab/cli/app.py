@@ -2,37 +2,57 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import logging
+import os
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import click
 import numpy as np
 
-import llamacrab
-from llamacrab import EmbedOptions, Llama, LlamaError, PoolingType, tuning
-from llamacrab._core import CPU_BACKENDS, Model, devices
-from llamacrab.corpus import embed_corpus, shards
+from llamacrab import tuning
+from llamacrab._core import CPU_BACKENDS, Model, PoolingType, devices
+from llamacrab._support.extras import require
+from llamacrab._support.versions import __version__, show_versions
+from llamacrab.corpus import embed_corpus, files, shards, vectors
+from llamacrab.corpus.sources import Source
+from llamacrab.errors import CorpusError, LlamaError, TextTooLongError
+from llamacrab.llama import Llama
 from llamacrab.models.convert import OUTTYPES, convert
 from llamacrab.models.default import default_model_path, fetch_default_model, resolve
+from llamacrab.options import EmbedOptions
 from llamacrab.requests.prompts import prompts_of
 from llamacrab.similarity import semantic_search
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from llamacrab.options import Truncate
     from llamacrab.requests.reranking import Activation
 
+# Options of `embed` that mean something only where --output is a folder.
+FOLDER_OPTIONS = (
+    "kind",
+    "shard_rows",
+    "keep",
+    "keep_text",
+    "on_error",
+    "export",
+    "overwrite",
+    "json_progress",
+)
 POOLINGS = {pooling.name.lower(): pooling for pooling in PoolingType if pooling >= 0}
 
 
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code; errors are one line on standard error."""
     warnings.showwarning = _show_warning
+    logging.getLogger("llamacrab._diagnostics").addHandler(_DOUBTS)
     try:
         # Asked for nothing, it says what it can do.
         arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
@@ -41,10 +61,23 @@ def run(arguments: list[str] | None = None) -> int:
         return error.exit_code
     except click.UsageError as error:
         return _complain(error.format_message(), 2)
+    except BrokenPipeError:  # the reader of the output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (click.ClickException, LlamaError, OSError, ValueError) as error:
         return _complain(str(error), 1)
     except (click.Abort, KeyboardInterrupt):
         return _complain("interrupted", 130)
+
+
+class _Doubts(logging.Handler):
+    """Shows what is doubtful about a model, as a logging application would."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _complain(f"warning: {record.getMessage()}", 0)
+
+
+_DOUBTS = _Doubts()
 
 
 def _show_warning(message: Warning | str, *where: object, **how: object) -> None:
@@ -57,7 +90,7 @@ def _complain(message: str, code: int) -> int:
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(llamacrab.__version__, message="llamacrab %(version)s")
+@click.version_option(__version__, message="llamacrab %(version)s")
 def main() -> None:
     """Embedding and reranking with GGUF models."""
 
@@ -120,7 +153,12 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="NAME",
             default="text",
             show_default=True,
-            help="Field of a .jsonl line that holds the text.",
+            help="Field of a JSON line, or column of a table, that holds the text.",
+        ),
+        click.option(
+            "--input-format",
+            type=click.Choice(files.KINDS),
+            help="What the input holds.  [default: what its name says; lines for -]",
         ),
     ):
         merged = option(merged)
@@ -145,8 +183,9 @@ def _open(model: Path | None, pooling: PoolingType, **sizes: Any) -> Llama:
     "--output",
     "-o",
     required=True,
-    type=click.Path(path_type=Path),
-    help=".npy: a float32 matrix; .jsonl: a text and its vector a line.",
+    type=click.Path(allow_dash=True),
+    help=".npy: a matrix; .jsonl: a text and its vector a line; -: the same to standard output; "
+    "without a suffix: a folder.",
 )
 @click.option(
     "--pooling",
@@ -205,7 +244,7 @@ def _open(model: Path | None, pooling: PoolingType, **sizes: Any) -> Llama:
 @_model_options
 def embed(
     source: str,
-    output: Path,
+    output: str,
     pooling: str | None,
     no_normalize: bool,
     prompt: str | None,
@@ -224,19 +263,26 @@ def embed(
     model: Path | None,
     truncate: Truncate,
     field: str,
+    input_format: str | None,
     **sizes: Any,
 ) -> None:
-    """Embed every line of INPUT: text, .jsonl, or - for standard input.
+    """Embed every text of INPUT: a file, a glob, or - for standard input.
 
-    Where --output is a folder, INPUT may also be a table (.parquet, .csv, .arrow) or a glob, and
-    the job goes on where it stopped when it is started again.
+    Files hold a text a line (.txt), a JSON object a line (.jsonl), or a table (.csv, .tsv,
+    .parquet, .arrow); all but .parquet and .arrow may be compressed (.gz, .bz2, .zst).
+
+    Where --output is a folder, the job goes on where it stopped when it is started again.
     """
-    if output.suffix not in ("", ".npy", ".jsonl"):
+    to = Path(output)
+    if output != "-" and to.suffix not in ("", ".npy", ".jsonl"):
         raise click.BadParameter(
-            f"{output} must end in .npy or .jsonl, or be a folder", param_hint="--output"
+            f"{output} must end in .npy or .jsonl, or be a folder, or -", param_hint="--output"
         )
-    if not output.parent.is_dir():
-        raise click.BadParameter(f"there is no folder {output.parent}", param_hint="--output")
+    if not to.parent.is_dir():
+        raise click.BadParameter(f"there is no folder {to.parent}", param_hint="--output")
+    in_folder = output != "-" and not to.suffix
+    if not in_folder:
+        _refuse_folder_options(output)
     chosen = POOLINGS[pooling] if pooling else PoolingType.UNSPECIFIED
     options = EmbedOptions(
         normalize=not no_normalize,
@@ -247,14 +293,16 @@ def embed(
         dtype=dtype,
         chunk=chunk,
     )
-    if not output.suffix:
-        rows = (row for row in _read_texts("-", field)) if source == "-" else source
-        with _open(model, chosen, **sizes) as llama:
+    given = _input(source, field, input_format, keep)
+    if in_folder:
+        with _open(model, chosen, **sizes) as llama, _advising(llama, "--chunk"):
+            _note_prompts(llama, options)
             done = embed_corpus(
-                rows,
-                output,
+                given,
+                to,
                 llama,
                 text=field,
+                input_format=input_format,
                 keep=keep,
                 keep_text=keep_text,
                 format=kind,
@@ -277,11 +325,40 @@ def embed(
             _complain("stopped: start the same command again to go on", 130)
             raise click.exceptions.Exit(130)
         return
-    texts = list(_read_texts(source, field))
-    with _open(model, chosen, **sizes) as llama:
-        vectors = llama.embed_texts(texts, options=options, progress=sys.stderr.isatty())
-    _write_vectors(output, texts, np.asarray(vectors))
-    click.echo(f"{len(texts)} texts -> {output}: {dtype}, {vectors.shape}", err=True)
+    texts = _texts(given, field, input_format)
+    with _open(model, chosen, **sizes) as llama, _advising(llama, "--chunk"):
+        _note_prompts(llama, options)
+        rows = np.asarray(llama.embed_texts(texts, options=options, progress=sys.stderr.isatty()))
+        if output == "-":
+            vectors.write_lines(sys.stdout.buffer, texts, rows)
+            sys.stdout.flush()
+        else:
+            vectors.write(to, texts, rows, llama, options)
+    where = "standard output" if output == "-" else output
+    click.echo(f"{len(texts)} texts -> {where}: {dtype}, {rows.shape}", err=True)
+
+
+def _refuse_folder_options(output: str) -> None:
+    """Raise if an option is given that means nothing for one file."""
+    context = click.get_current_context()
+    for option in context.command.params:
+        source = context.get_parameter_source(option.name or "")
+        if option.name in FOLDER_OPTIONS and source is not click.core.ParameterSource.DEFAULT:
+            raise click.UsageError(
+                f"{option.opts[0]} is for a folder of files, and --output {output} is none: leave "
+                f"{option.opts[0]} out, or give a name without a suffix"
+            )
+
+
+def _note_prompts(llama: Llama, options: EmbedOptions) -> None:
+    """Say that a model has prompts where none was asked for: documents would be found less."""
+    if options.prompt is None and options.prompt_name is None and llama.prompts.get("document"):
+        _complain(
+            f"note: nothing is put before the texts, but the model has prompts: give --prompt-name "
+            f"({', '.join(sorted(llama.prompts))}), document for texts to be searched; --prompt '' "
+            "for none",
+            0,
+        )
 
 
 @main.command()
@@ -304,27 +381,28 @@ def rerank(
     model: Path | None,
     truncate: Truncate,
     field: str,
+    input_format: str | None,
     **sizes: Any,
 ) -> None:
-    """Sort the lines of DOCUMENTS by how well they answer QUERY; needs a reranker as --model.
+    """Sort the texts of DOCUMENTS by how well they answer QUERY; needs a reranker as --model.
 
     A model with several classes gives its score for each, a line a document, unsorted.
     """
     if model is None:
         raise click.UsageError("rerank needs --model, the GGUF of a reranker")
-    documents = list(_read_texts(source, field))
-    with _open(model, PoolingType.RANK, **sizes) as llama:
+    documents = _texts(_input(source, field, input_format), field, input_format)
+    with _open(model, PoolingType.RANK, **sizes) as llama, _advising(llama, what="document"):
         scores = llama.rerank(query, documents, activation=activation, truncate=truncate)
         labels = llama.labels
     if scores.ndim == 1:
         for i in np.argsort(-scores, kind="stable")[:top_k]:
-            click.echo(f"{scores[i]:.4f}\t{documents[i]}")
+            click.echo(f"{scores[i]:.4f}\t{_one_line(documents[i])}")
         return
     if top_k is not None:
         raise click.ClickException(f"{scores.shape[1]} classes give no order: leave out --top-k")
     for row, document in zip(scores, documents, strict=True):
         shown = [f"{label}={score:.4f}" for label, score in zip(labels, row, strict=True)]
-        click.echo("\t".join([*shown, document]))
+        click.echo("\t".join([*shown, _one_line(document)]))
 
 
 @main.command()
@@ -335,39 +413,49 @@ def rerank(
 )
 @click.option(
     "--vectors",
+    "kept_in",
     type=click.Path(path_type=Path, exists=True),
-    help="The corpus's vectors, as `embed -o FILE.npy` wrote them.",
+    help="The corpus's vectors, as `embed` wrote them: .npy, .jsonl, or a folder.",
 )
+@click.option("--prompt", help="Put this before the query, instead of the model's own prompt.")
+@click.option("--prompt-name", metavar="NAME", help="Put the model's prompt of this name there.")
 @_model_options
 def search(
     source: str,
     query: str,
     top_k: int,
-    vectors: Path | None,
+    kept_in: Path | None,
+    prompt: str | None,
+    prompt_name: str | None,
     model: Path | None,
     truncate: Truncate,
     field: str,
+    input_format: str | None,
     **sizes: Any,
 ) -> None:
-    """Show the lines of CORPUS that mean most nearly what QUERY means, with their cosine.
+    """Show the texts of CORPUS that mean most nearly what QUERY means, with their cosine.
 
     The model's prompts for queries and documents are put before them, if it is known to have any.
+    With --vectors the query gets what goes with the prompt that they were made with.
     """
-    corpus = list(_read_texts(source, field))
-    with _open(model, PoolingType.UNSPECIFIED, **sizes) as llama:
-        asked = llama.embed_query(query, truncate=truncate)
-        if vectors is None:
-            rows = llama.embed_documents(corpus, truncate=truncate)
-        else:
-            rows = np.load(vectors, mmap_mode="r")
-    if len(rows) != len(corpus) or rows.shape[1:] != asked.shape:
-        raise click.ClickException(
-            f"{vectors} has shape {rows.shape}, but {source} has {len(corpus)} texts and the model "
-            f"{asked.shape[0]} dimensions"
-        )
-    scores, indices = semantic_search(asked, rows, top_k=top_k)
+    corpus = Source(_input(source, field, input_format), text=field, kind=input_format)
+    how = EmbedOptions(truncate=truncate, prompt=prompt, prompt_name=prompt_name)
+    if kept_in is None:
+        texts: list[Any] = corpus.texts()
+        with _open(model, PoolingType.UNSPECIFIED, **sizes) as llama:
+            with _advising(llama, what="the query"):
+                asked = llama.embed_query(query, options=how)
+            with _advising(llama):
+                rows = llama.embed_documents(texts, truncate=truncate)
+        scores, indices = semantic_search(asked, rows, top_k=top_k)
+    else:
+        kept = vectors.Vectors(kept_in)
+        texts = corpus.texts(refuse_wrong=False)
+        with _open(model, kept.pooling_type, **sizes) as llama, _advising(llama, what="the query"):
+            asked = llama.embed(query, options=kept.query_options(llama, how))
+        scores, indices = kept.search(asked, texts, top_k=top_k)
     for score, i in zip(scores[0], indices[0], strict=True):
-        click.echo(f"{score:.4f}\t{corpus[i]}")
+        click.echo(f"{score:.4f}\t{_one_line(texts[i])}")
 
 
 @main.command()
@@ -404,8 +492,10 @@ def info(path: Path | None, show_devices: bool) -> None:
             "special tokens": f"{_pieces(model, model.vocab.prefix)} text "
             f"{_pieces(model, model.vocab.suffix)}".strip(),
         }
-        for name, prompt in prompts_of(model.metadata).items():
-            rows[f"prompt {name}"] = repr(prompt)
+        prompts = prompts_of(model.metadata)
+        rows |= {f"prompt {name}": repr(prompt) for name, prompt in prompts.items()}
+        if not prompts:
+            rows["prompts"] = "none known"
     for name, value in rows.items():
         click.echo(f"{name:16} {value}")
 
@@ -471,20 +561,28 @@ def tune_command(
     cpu_backend: str,
 ) -> None:
     """Measure contexts, threads, flash attention and packs for MODEL, and remember the best."""
+    tqdm = require("tqdm", extra="cli").tqdm
     on_gpu = n_gpu_layers != 0 and tuning.has_gpu(device and [device])
-
-    def report(one: tuning.Measurement) -> None:
-        layout = one.layout
-        click.echo(
-            f"{layout.n_contexts:8} {layout.n_threads:7} {layout.flash_attn!s:>10} "
-            f"{layout.pack_tokens:11} {one.tokens_per_second:9,.0f}"
-        )
-
-    click.echo("contexts threads flash_attn pack_tokens  tokens/s")
     with Model(
         resolve(path), n_gpu_layers=n_gpu_layers, device=device, cpu_backend=cpu_backend
     ) as model:
-        found = tuning.tune(model, on_gpu=on_gpu, n_tokens=length, seconds=seconds, report=report)
+        n_layouts = len(list(tuning.layouts(on_gpu, model.cpu_backend)))
+        n = n_layouts * len(tuning.PACKS_GPU if on_gpu else tuning.PACKS_CPU)
+        click.echo(f"{n} measurements, each of {seconds} s or more", err=True)
+        click.echo("contexts threads flash_attn pack_tokens  tokens/s")
+        with tqdm(total=n, unit="measurement", leave=False, disable=None) as bar:
+
+            def report(one: tuning.Measurement) -> None:
+                layout = one.layout
+                bar.write(
+                    f"{layout.n_contexts:8} {layout.n_threads:7} {layout.flash_attn!s:>10} "
+                    f"{layout.pack_tokens:11} {one.tokens_per_second:9,.0f}"
+                )
+                bar.update()
+
+            found = tuning.tune(
+                model, on_gpu=on_gpu, n_tokens=length, seconds=seconds, report=report
+            )
         tuning.remember(model, on_gpu, found.best)
     for (n_contexts, n_threads, flash_attn), (a, b, c) in found.fits.items():
         click.echo(
@@ -590,48 +688,65 @@ def bench_command(
 @main.command()
 def versions() -> None:
     """Show what a bug report needs."""
-    llamacrab.show_versions()
+    show_versions()
 
 
 def _pieces(model: Model, tokens: tuple[int, ...]) -> str:
     return " ".join(model.vocab.token_to_piece(i).decode("utf-8", "replace") for i in tokens)
 
 
-def _read_texts(source: str, field: str) -> Iterator[str]:
-    """Yield the texts of a file, of a .jsonl file, or of standard input."""
-    with click.open_file(source, "rb") as stream:
-        for number, line in enumerate(stream, 1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-                yield _field(json.loads(text), field) if source.endswith(".jsonl") else text
-            except UnicodeDecodeError as error:
-                raise click.ClickException(f"{source}, line {number}: not UTF-8: {error}") from None
-            except (ValueError, KeyError, TypeError) as error:
-                raise click.ClickException(
-                    f"{source}, line {number}: no JSON object with a text {field!r}: {error}"
-                ) from None
+def _input(
+    source: str, field: str, input_format: str | None, keep: tuple[str, ...] = ()
+) -> str | Iterable[Any]:
+    """Return what `Source` takes for an argument: files, or the rows of a stream."""
+    path = Path(source)
+    stream = source == "-" or (path.exists() and not path.is_file() and not path.is_dir())
+    if source == "-":
+        kinds = {input_format or files.LINES}
+    else:
+        found = [path] if stream else files.find(source, input_format) or []
+        kinds = {files.kind_of(one, input_format) for one in found}
+    asked = click.get_current_context().get_parameter_source("field")
+    if kinds == {files.LINES} and asked is not click.core.ParameterSource.DEFAULT:
+        raise click.UsageError(
+            f"--field {field}: lines of plain text have no fields; if {source} holds something "
+            "else, say what with --input-format"
+        )
+    if not stream:
+        return source
+    kind = kinds.pop()
+    if kind in files.TABLES:
+        raise click.UsageError(f"--input-format {kind}: such tables must be files, not a stream")
+    name = "standard input" if source == "-" else source
+    opened = sys.stdin.buffer if source == "-" else path.open("rb")
+    return files.rows(opened, kind, name, text=field, keep=keep)
 
 
-def _field(record: Any, field: str) -> str:
-    text = record[field]
-    if not isinstance(text, str):
-        raise TypeError(f"it is {type(text).__name__}, not a string")
-    # JSON can spell half of a surrogate pair, which no output could hold.
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+def _texts(given: str | Iterable[Any], field: str, input_format: str | None) -> list[str]:
+    return cast("list[str]", Source(given, text=field, kind=input_format).texts())
 
 
-def _write_vectors(output: Path, texts: list[str], vectors: np.ndarray) -> None:
-    """Write the vectors beside `output` and rename, so that it is never half there."""
-    partial = output.with_name(f".{output.name}.partial")
+@contextlib.contextmanager
+def _advising(llama: Llama, *flags: str, what: str = "text") -> Iterator[None]:
+    """Have the error for a text that is too long name the options that help."""
     try:
-        if output.suffix == ".npy":
-            with partial.open("wb") as file:
-                np.save(file, vectors)
-        else:
-            with partial.open("w", encoding="utf-8") as file:
-                for text, vector in zip(texts, vectors.tolist(), strict=True):
-                    row = {"text": text, "embedding": vector}
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)
+        yield
+    except LlamaError as error:
+        too_long = error if isinstance(error, TextTooLongError) else error.__cause__
+        if not isinstance(too_long, TextTooLongError):
+            raise
+        row = error.row if isinstance(error, CorpusError) else None
+        which = what if what.startswith("the ") else f"{what} {too_long.index}"
+        subject = which if row is None else f"row {row}: the text"
+        ways = ["--truncate cuts it", *(f"{flag} averages over windows of it" for flag in flags)]
+        if too_long.limit < llama.model.n_ctx_train:
+            ways.append(f"--n-ctx N makes room for up to {llama.model.n_ctx_train}")
+        raise click.ClickException(
+            f"{subject} has {too_long.n_tokens} tokens (special tokens counted), "
+            f"{too_long.limit} fit: {', or '.join(ways)}"
+        ) from None
+
+
+def _one_line(text: str) -> str:
+    """Return a text as a line of output can show it."""
+    return " ".join(text.splitlines())

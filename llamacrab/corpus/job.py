@@ -8,17 +8,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from llamacrab import _core, tuning
+from llamacrab import _core
 from llamacrab._support.extras import require
 from llamacrab._support.versions import __version__
-from llamacrab.corpus import exports, shards
+from llamacrab.corpus import exports, files, shards, vectors
 from llamacrab.corpus.interrupt import Interrupt
 from llamacrab.corpus.manifest import Manifest, Shard
 from llamacrab.corpus.progress import Progress
@@ -67,6 +67,7 @@ def embed_corpus(
     *,
     devices: Sequence[str] | None = None,
     text: str = "text",
+    input_format: str | None = None,
     keep: Sequence[str] = (),
     keep_text: bool = False,
     format: Literal["parquet", "arrow", "npy", "jsonl"] = "parquet",
@@ -83,9 +84,10 @@ def embed_corpus(
     Parameters
     ----------
     source : path, glob, list of Path, table, dataset, frame, or iterable
-        Files of lines (``.txt``, ``.jsonl``, also compressed) or tables (``.parquet``, ``.arrow``,
-        ``.csv``); an Arrow table or dataset; a pandas or polars frame; or any iterable of str or
-        dict. It must give the same rows in the same order when a job is resumed.
+        Files of lines (``.txt``, ``.jsonl``) or of values (``.csv``, ``.tsv``), also compressed
+        (``.gz``, ``.bz2``, ``.zst``); tables (``.parquet``, ``.arrow``); an Arrow table or dataset;
+        a pandas or polars frame; or any iterable of str or dict. It must give the same rows in the
+        same order when a job is resumed.
     destination : path
         A folder, made if need be, for this job alone.
     model : Llama, str or os.PathLike, optional
@@ -94,6 +96,8 @@ def embed_corpus(
         Where `model` is a file: the devices to put a copy of it on; see `Llama`.
     text : str
         The column or field that holds the text.
+    input_format : {"lines", "jsonl", "csv", "tsv", "parquet", "arrow"}, optional
+        What the files hold; by default what their names say.
     keep : sequence of str
         Columns that go along into the shards, an id for example.
     keep_text : bool
@@ -147,16 +151,19 @@ def embed_corpus(
     targets = [Path(one) for one in ([export] if isinstance(export, (str, PathLike)) else export)]
     for target in targets:
         exports.check(target, format=format, dtype=how.dtype)
-    reader = Source(source, text=text, keep=tuple(keep))
+    if input_format not in (None, *files.KINDS):
+        known = ", ".join(files.KINDS)
+        raise InputError(f"input_format must be one of {known}, not {input_format!r}")
+    require("pyarrow", extra="corpus")
+    reader = Source(source, text=text, keep=tuple(keep), kind=input_format)
     with _loaded(model, devices) as llama:
         job = {
             "source": reader.fingerprint(),
             "text": text,
+            "input_format": input_format,
             "keep": list(keep),
             "keep_text": keep_text,
-            "model": tuning.content_key(Path(llama.model.path)),
-            "pooling_type": llama.pooling_type.name,
-            "options": _as_json(how),
+            **vectors.describe(llama, how),
             "format": format,
             "on_error": on_error,
         }
@@ -356,9 +363,8 @@ class _Run:
     def _submitted(self, block: Block) -> Future[np.ndarray]:
         """Queue a block; what is wrong with it is told when its turn has come, not before."""
         try:
-            if block.reasons and not self._skip:
-                place, why = next(iter(block.reasons.items()))
-                raise CorpusError(f"row {block.first + place}: {why}")
+            if not self._skip:
+                block.refuse_wrong()
             texts = [text for text in block.texts if text is not None]
             return self._llama.submit(texts, options=self._how)
         except (CorpusError, InputError) as error:
@@ -393,7 +399,8 @@ class _Run:
             except (InputError, NumericalError) as wrong:
                 reason = str(wrong).replace("text 0", "the text", 1)
                 if not self._skip:
-                    raise CorpusError(f"row {block.first + int(i)}: {reason}") from wrong
+                    row = block.first + int(i)
+                    raise CorpusError(f"row {row}: {reason}", row=row) from wrong
                 block.reasons[int(i)] = reason
         if kept:
             return np.stack(kept)
@@ -424,11 +431,6 @@ class _Run:
             first=first,
             n_read=len(done),
         )
-
-
-def _as_json(how: EmbedOptions) -> dict[str, Any]:
-    ranges = None if how.ranges is None else np.asarray(how.ranges).tolist()
-    return {**asdict(replace(how, ranges=None)), "ranges": ranges}
 
 
 def _versions() -> dict[str, str]:

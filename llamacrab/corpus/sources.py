@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import codecs
-import csv
-import glob
-import io
-import json
+import sys
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from llamacrab._support.extras import require
+from llamacrab.corpus import files
+from llamacrab.corpus.files import Wrong
 from llamacrab.errors import CorpusError
 from llamacrab.tuning import content_key
 
 # Rows that are read at once.
 BLOCK = 1024
-LINES = (".txt", ".jsonl", ".ndjson")
-CSV = (".csv", ".tsv")
-TABLES = {".parquet": "parquet", ".arrow": "ipc", ".feather": "ipc"}
-PACKED = (".gz", ".zst", ".bz2")
 
 
 @dataclass
@@ -45,6 +39,13 @@ class Block:
     carried: Any = None
     reasons: dict[int, str] = field(default_factory=dict)
 
+    def refuse_wrong(self) -> None:
+        """Raise for the first row that has no text, with its number."""
+        if self.reasons:
+            place, why = min(self.reasons.items())
+            row = self.first + place
+            raise CorpusError(f"row {row}: {why}", row=row)
+
     def slice(self, start: int, stop: int) -> Block:
         """Return a part of it."""
         return Block(
@@ -66,14 +67,18 @@ class Source:
         The column, or the field of a line, that holds the text.
     keep : sequence of str
         Columns that go along.
+    kind : str, optional
+        What files hold, one of `files.KINDS`, whatever their names say.
     """
 
-    def __init__(self, data: Any, *, text: str, keep: tuple[str, ...]) -> None:
+    def __init__(
+        self, data: Any, *, text: str, keep: tuple[str, ...] = (), kind: str | None = None
+    ) -> None:
         self._text = text
         self._keep = keep
-        self._paths = _paths(data)
+        self._kind = kind
+        self._paths = files.find(data, kind)
         self._data = data
-        self._pa = require("pyarrow", extra="corpus")
 
     def fingerprint(self) -> Any:
         """Return what tells this source from another one, as far as that is known."""
@@ -89,8 +94,17 @@ class Source:
             if isinstance(table, int):
                 return table
             return len(self._data) if hasattr(self._data, "__len__") else None
-        counts = [_n_rows(path) for path in self._paths]
+        counts = [files.count_rows(path, files.kind_of(path, self._kind)) for path in self._paths]
         return None if None in counts else sum(count or 0 for count in counts)
+
+    def texts(self, *, refuse_wrong: bool = True) -> list[str | None]:
+        """Return the texts of all rows; None, or an error, for a row that has none."""
+        texts: list[str | None] = []
+        for block in self.blocks(0):
+            if refuse_wrong:
+                block.refuse_wrong()
+            texts += block.texts
+        return texts
 
     def blocks(self, start: int) -> Iterator[Block]:
         """Yield the rows from row `start` on."""
@@ -101,7 +115,7 @@ class Source:
                 first += len(texts)
                 if first > start:
                     yield block.slice(max(0, start - block.first), len(texts))
-        except (self._pa.ArrowException, OSError, EOFError) as error:
+        except _unreadable() as error:
             raise CorpusError(f"cannot read beyond row {first}: {error}") from error
 
     def _read(self) -> Iterator[tuple[list[str | None], Any, dict[int, str]]]:
@@ -109,23 +123,24 @@ class Source:
             yield from self._read_data()
             return
         for path in self._paths:
-            kind = _kind(path)
-            if kind in LINES:
-                yield from self._from_rows(_lines(self._pa, path, kind))
-            elif kind in CSV:
-                yield from self._from_rows(_records(self._pa, path, kind, self._wanted()))
-            else:
+            kind = files.kind_of(path, self._kind)
+            if kind in files.TABLES:
                 dataset = require("pyarrow.dataset", extra="corpus")
-                yield from self._from_table(dataset.dataset(path, format=TABLES[kind]), str(path))
+                table = dataset.dataset(path, format=files.TABLES[kind])
+                yield from self._from_table(table, path.name)
+            else:
+                with files.opened(path) as stream:
+                    rows = files.rows(stream, kind, path.name, text=self._text, keep=self._keep)
+                    yield from self._from_rows(rows)
 
     def _read_data(self) -> Iterator[tuple[list[str | None], Any, dict[int, str]]]:
-        data, pa = self._data, self._pa
+        data = self._data
         if hasattr(data, "to_batches"):  # a table or a dataset
             yield from self._from_table(data, "the table")
         elif type(data).__module__.partition(".")[0] == "pandas":
-            yield from self._from_table(
-                pa.Table.from_pandas(data, preserve_index=False), "the frame"
-            )
+            pa = require("pyarrow", extra="corpus")
+            table = pa.Table.from_pandas(data, preserve_index=False)
+            yield from self._from_table(table, "the frame")
         elif hasattr(data, "to_arrow"):  # polars
             yield from self._from_table(data.to_arrow(), "the frame")
         elif type(data).__module__.partition(".")[0] == "datasets":
@@ -134,20 +149,18 @@ class Source:
         else:
             yield from self._from_rows(data)
 
-    def _wanted(self) -> list[str]:
-        return list(dict.fromkeys((self._text, *self._keep)))
-
     def _from_table(self, table: Any, name: str) -> Iterator[tuple[list[Any], Any, dict[int, str]]]:
-        columns = self._wanted()
-        _refuse_missing(columns, table.schema.names, name)
+        pa = require("pyarrow", extra="corpus")
+        columns = list(dict.fromkeys((self._text, *self._keep)))
+        files.refuse_missing(columns, table.schema.names, name)
         batches = (
             table.select(columns).to_batches(max_chunksize=BLOCK)
             if hasattr(table, "select")
             else table.to_batches(columns=columns, batch_size=BLOCK)
         )
         for batch in batches:
-            rows = self._pa.Table.from_batches([batch])
-            texts, reasons = _checked(_values(self._pa, rows.column(self._text)))
+            rows = pa.Table.from_batches([batch])
+            texts, reasons = _checked(_values(pa, rows.column(self._text)), f"{name}: ")
             yield texts, rows.select(list(self._keep)) if self._keep else None, reasons
 
     def _from_rows(self, rows: Iterable[Any]) -> Iterator[tuple[list[Any], Any, dict[int, str]]]:
@@ -155,11 +168,15 @@ class Source:
         carried: list[dict[str, Any]] = []
         for row in rows:
             if isinstance(row, Mapping):
-                texts.append(row.get(self._text, _Wrong(f"there is no field {self._text!r}")))
+                found = self._text in row
+                texts.append(row[self._text] if found else files.missing_field(row, self._text))
+            elif self._keep and isinstance(row, str):
+                raise CorpusError(f"plain texts have no column {', '.join(self._keep)} to keep")
             else:
                 texts.append(row)
-            kept = row if isinstance(row, Mapping) else {}
-            carried.append({name: kept.get(name) for name in self._keep})
+            if self._keep:
+                kept = row if isinstance(row, Mapping) else {}
+                carried.append({name: kept.get(name) for name in self._keep})
             if len(texts) == BLOCK:
                 yield self._gathered(texts, carried)
                 texts, carried = [], []
@@ -168,36 +185,23 @@ class Source:
 
     def _gathered(self, texts: list[Any], carried: list[dict[str, Any]]) -> Any:
         checked, reasons = _checked(texts)
-        table = self._pa.Table.from_pylist(carried) if self._keep else None
+        if not self._keep:
+            return checked, None, reasons
+        table = require("pyarrow", extra="corpus").Table.from_pylist(carried)
         return checked, table, reasons
 
 
-@dataclass(frozen=True)
-class _Wrong:
-    """Stands for a row that cannot be read."""
+def _unreadable() -> tuple[type[Exception], ...]:
+    """Return what reading a file that is damaged or cut short raises."""
+    arrow = sys.modules.get("pyarrow")  # what is not loaded has raised nothing
+    return (OSError, EOFError, zlib.error, *([arrow.ArrowException] if arrow else []))
 
-    reason: str
 
-
-def _checked(values: list[Any]) -> tuple[list[str | None], dict[int, str]]:
+def _checked(values: list[Any], where: str = "") -> tuple[list[str | None], dict[int, str]]:
     """Return texts, None where there is none, and what is wrong with those."""
-    reasons = {}
-    for i, value in enumerate(values):
-        if isinstance(value, _Wrong):
-            reasons[i] = value.reason
-        elif value is None:
-            reasons[i] = "there is no text"
-        elif not isinstance(value, str):
-            reasons[i] = f"the text is {type(value).__name__}, not str"
+    complaints = map(files.complaint, values)
+    reasons = {i: where + why for i, why in enumerate(complaints) if why is not None}
     return [None if i in reasons else value for i, value in enumerate(values)], reasons
-
-
-def _refuse_missing(wanted: Iterable[str], found: list[str], name: str) -> None:
-    missing = sorted(set(wanted) - set(found))
-    if missing:
-        raise CorpusError(
-            f"{name} has no column {', '.join(missing)}; its columns are {', '.join(found)}"
-        )
 
 
 def _values(pa: Any, column: Any) -> list[Any]:
@@ -210,104 +214,8 @@ def _values(pa: Any, column: Any) -> list[Any]:
         return [value and _decoded(value) for value in raw.to_pylist()]
 
 
-def _decoded(value: bytes) -> str | _Wrong:
+def _decoded(value: bytes) -> str | Wrong:
     try:
         return value.decode()
     except UnicodeDecodeError as error:
-        return _Wrong(str(error))
-
-
-def _n_rows(path: Path) -> int | None:
-    """Return the rows of a file of lines or of a table; None where it must be read for that."""
-    suffix = path.suffix.lower()
-    if suffix in TABLES:
-        dataset = require("pyarrow.dataset", extra="corpus")
-        return int(dataset.dataset(path, format=TABLES[suffix]).count_rows())
-    if suffix not in LINES:
-        return None
-    with path.open("rb") as file:
-        pieces = iter(lambda: file.read(1 << 20), b"")
-        n, last = 0, b"\n"
-        for last in pieces:
-            n += last.count(b"\n")
-    return n + (not last.endswith(b"\n"))
-
-
-def _records(pa: Any, path: Path, kind: str, wanted: list[str]) -> Iterator[Any]:
-    """Yield the rows of a file of comma (or tab) separated values as dicts of str."""
-    # A text may be longer than the 128 KiB that are the module's default for all of a process.
-    csv.field_size_limit(max(csv.field_size_limit(), 2**31 - 1))
-    with pa.input_stream(str(path), compression="detect") as stream:
-        # Bytes that are no UTF-8 become halves of surrogate pairs: a row's fault, not the file's.
-        lines = io.TextIOWrapper(
-            io.BufferedReader(stream), "utf-8-sig", errors="surrogateescape", newline=""
-        )
-        rows = csv.reader(lines, delimiter="\t" if kind == ".tsv" else ",")
-        names = next(rows, [])
-        _refuse_missing(wanted, names, path.name)
-        while True:
-            try:
-                row = next(rows)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield _Wrong(f"{path.name}, line {rows.line_num}: {error}")
-                continue
-            if row:  # an empty line is no row
-                yield _record(row, names, f"{path.name}, line {rows.line_num}")
-
-
-def _record(row: list[str], names: list[str], place: str) -> dict[str, str] | _Wrong:
-    if len(row) != len(names):
-        return _Wrong(f"{place}: {len(row)} values, but {len(names)} columns")
-    try:
-        "".join(row).encode()
-    except UnicodeEncodeError:
-        return _Wrong(f"{place}: not UTF-8")
-    return dict(zip(names, row, strict=True))
-
-
-def _lines(pa: Any, path: Path, kind: str) -> Iterator[Any]:
-    """Yield the texts, or the fields, of the lines of a file, which may be compressed."""
-    with pa.input_stream(str(path), compression="detect") as stream:
-        for number, line in enumerate(io.BufferedReader(stream)):
-            if not number:
-                line = line.removeprefix(codecs.BOM_UTF8)
-            try:
-                decoded = line.rstrip(b"\r\n").decode()
-                row = decoded if kind == ".txt" else json.loads(decoded)
-            except ValueError as error:  # no UTF-8, or no JSON
-                yield _Wrong(f"{path.name}: {error}")
-                continue
-            if kind != ".txt" and not isinstance(row, dict):
-                row = _Wrong(f"{path.name}: the line is no JSON object")
-            yield row
-
-
-def _paths(data: Any) -> list[Path] | None:
-    """Return the files that a source names, in order; None where it is no file."""
-    if isinstance(data, (str, Path)):
-        # A pattern may be absolute, which Path.glob takes no more.
-        found = sorted(glob.glob(str(data))) or [str(data)]  # noqa: PTH207
-    elif isinstance(data, (list, tuple)) and data and all(isinstance(one, Path) for one in data):
-        found = [str(one) for one in data]
-    else:
-        return None
-    paths = [Path(name) for name in found]
-    for path in paths:
-        if not path.is_file():
-            raise CorpusError(f"there is no file {path}")
-        if _kind(path) not in (*LINES, *CSV, *TABLES):
-            raise CorpusError(
-                f"{path}: cannot read this kind of file; known are "
-                + ", ".join((*LINES, *CSV, *TABLES))
-                + f", text files also compressed ({', '.join(PACKED)})"
-            )
-    return paths
-
-
-def _kind(path: Path) -> str:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in PACKED:
-        suffixes.pop()
-    return suffixes[-1] if suffixes else ""
+        return Wrong(str(error))
