@@ -95,6 +95,20 @@ def check_python(code: str, *args: object, timeout: float = 120, **env: str) -> 
     return done.stdout
 
 
+class Reader(gguf.GGUFReader):
+    """gguf's reader, which takes an array of numbers at once: a charsmap has 240,000."""
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int):
+        if raw_type == gguf.GGUFValueType.ARRAY:
+            element, length = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+            kind = gguf.GGUFValueType(int(element[0]))
+            if kind in self.gguf_scalar_to_np:
+                values = self._get(orig_offs + 12, self.gguf_scalar_to_np[kind], int(length[0]))
+                types = [gguf.GGUFValueType.ARRAY, kind]
+                return 12 + values.nbytes, [element, length, values], [2], types
+        return super()._get_field_parts(orig_offs, raw_type)
+
+
 def rewrite_gguf(
     source: Path,
     destination: Path,
@@ -104,7 +118,7 @@ def rewrite_gguf(
 ) -> Path:
     """Copy a GGUF with fields set, and tensors too, and some of both left out."""
     fields, tensors = fields or {}, dict(tensors or {})
-    reader = gguf.GGUFReader(source)
+    reader = Reader(source)
     writer = gguf.GGUFWriter(destination, reader.fields["general.architecture"].contents())
     for name, field in reader.fields.items():
         if name.startswith(("GGUF.", "general.architecture")) or name in {*drop, *fields}:

@@ -26,7 +26,8 @@ SUBPROJECT = Path("subprojects") / "llama.cpp"
 # What pip runs to learn the name of an sdist that it downloads.
 BACKEND = """
 def prepare_metadata_for_build_wheel(folder, settings=None):
-    import pathlib
+    import os, pathlib
+    pathlib.Path(os.environ["PIP_FIND_LINKS"], "ran").touch()
     info = pathlib.Path(folder, "fake_llama-1.0.dist-info")
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\\nName: fake-llama\\nVersion: 1.0\\n")
@@ -185,6 +186,12 @@ def test_a_wrong_hash_is_one_line_and_does_not_poison_the_next_fetch(clone):
     clone.pin(good)
     clone.fetch()
     assert clone.files() == NEEDED
+
+
+def test_nothing_of_an_sdist_runs_before_its_hash_is_checked(clone):
+    clone.pin("0" * 64)
+    assert clone.run("fetch.py", clone.tree).returncode == 1
+    assert not (clone.index / "ran").exists()
 
 
 def test_a_half_finished_download_is_replaced(clone):

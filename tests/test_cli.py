@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -265,6 +266,18 @@ def test_convert_and_fetch_say_where_the_model_is(tmp_path):
     assert "lacks config.json" in done.stderr
     done = run("fetch")
     assert "all-MiniLM-L6-v2-bf16.gguf" in done.stdout
+
+
+def test_convert_takes_a_pooling_or_warns_in_one_line(tmp_path):
+    folder = shutil.copytree(DATA / "tiny-bert-hf", tmp_path / "some-bert")
+    shutil.rmtree(folder / "1_Pooling")
+    (folder / "modules.json").unlink()
+    done = run("convert", folder, "-o", tmp_path / "open.gguf")
+    assert done.stderr.startswith("llamacrab: warning: ")
+    assert done.stderr.count("\n") == 1
+    done = run("convert", folder, "-o", tmp_path / "cls.gguf", "--pooling", "cls")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "cls" in run("info", tmp_path / "cls.gguf").stdout
 
 
 def test_without_click_one_line_names_the_extra():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -67,20 +68,24 @@ def fetch(name: str, version: str, sha256: str, kind: str, directory: Path) -> P
 
     only = "--no-binary" if kind == "sdist" else "--only-binary"
     with tempfile.TemporaryDirectory(dir=directory, prefix=".fetch-") as scratch:
+        # pip builds an sdist's metadata, and so runs code of it, even to download it. Where hashes
+        # are required, it looks at the file's hash first, right after the download.
+        pinned = Path(scratch, "requirements.txt")
+        pinned.write_text(f"{name}=={version} --hash=sha256:{sha256}\n")
+        files = Path(scratch, "files")
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += ["--disable-pip-version-check", only, name, "--dest", scratch]
-        command += [f"{name}=={version}"]
+        command += ["--disable-pip-version-check", only, name, "--dest", str(files)]
+        command += ["--require-hashes", "--requirement", str(pinned)]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
-        files = list(Path(scratch).iterdir())
-        if run.returncode or len(files) != 1:
+        if other := re.search(r"\bGot\s+([0-9a-f]{64})\b", run.stderr):
+            raise FetchError(
+                f"{name}=={version} ({kind}) has sha256 {other[1]}, expected {sha256}: not used"
+            )
+        fetched = list(files.glob("*"))
+        if run.returncode or len(fetched) != 1:
             lines = [line for line in run.stderr.splitlines() if line.startswith("ERROR")]
             reason = (lines or run.stderr.splitlines() or ["pip said nothing"])[-1]
             raise FetchError(f"cannot fetch {name}=={version} ({kind}) with pip: {reason.strip()}")
-        found = sha256_of(files[0])
-        if found != sha256:
-            raise FetchError(
-                f"{name}=={version} ({kind}) has sha256 {found}, expected {sha256}: not used"
-            )
-        kept = directory / files[0].name
-        files[0].replace(kept)
+        kept = directory / fetched[0].name
+        fetched[0].replace(kept)
     return kept

@@ -526,9 +526,14 @@ def fetch(outtype: str, force: bool) -> None:
     show_default=True,
     help="Type of the matrices.",
 )
-def convert_command(folder: Path, output: Path, outtype: str) -> None:
+@click.option(
+    "--pooling",
+    type=click.Choice(sorted(set(POOLINGS) - {"none", "rank"})),
+    help="How vectors are pooled; by default as FOLDER says, or as its family does.",
+)
+def convert_command(folder: Path, output: Path, outtype: str, pooling: str | None) -> None:
     """Convert a sentence-transformers BERT FOLDER into a GGUF."""
-    click.echo(convert(folder, output, outtype=outtype))
+    click.echo(convert(folder, output, outtype=outtype, pooling=pooling))
 
 
 @main.command("tune")

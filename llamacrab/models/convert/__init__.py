@@ -11,7 +11,6 @@ the second time with (type B - type A) added, for the ids of the document.
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -19,18 +18,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llamacrab._core import SEGMENT_B_OFFSET, Model
+from llamacrab._core import Model
 from llamacrab._support.extras import require
 from llamacrab.errors import ConvertError, LlamaError
+from llamacrab.models.convert.folder import ELSEWHERE, read_json, size
+from llamacrab.models.convert.pooling import choose
+from llamacrab.models.convert.vocabulary import Tokenizer, write_vocabulary
 from llamacrab.requests.prompts import KEY as PROMPT_KEY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-OUTTYPES = ("f32", "f16", "bf16", "q8_0")
+    from llamacrab._core import PoolingType
 
-# The converter calls a token special by its role; these are the roles that BERT has.
-SPECIAL_ROLES = ("pad", "unk", "cls", "sep", "mask")
+OUTTYPES = ("f32", "f16", "bf16", "q8_0")
 
 # Where a cross-encoder's head goes. It stays float32: it is small, and every score passes through.
 HEAD = {
@@ -39,6 +40,8 @@ HEAD = {
     "classifier.weight": "cls.output.weight",
     "classifier.bias": "cls.output.bias",
 }
+# Weights that llama.cpp's converter reads, and this one does not.
+OTHER_WEIGHTS = ("model.safetensors.index.json", "pytorch_model.bin")
 WORDS = "embeddings.word_embeddings.weight"
 TYPES = "embeddings.token_type_embeddings.weight"
 
@@ -48,6 +51,7 @@ def convert(
     destination: str | os.PathLike[str],
     *,
     outtype: str = "bf16",
+    pooling: PoolingType | str | None = None,
 ) -> Path:
     """Convert a folder that holds a BERT embedder or cross-encoder into one GGUF file.
 
@@ -56,13 +60,18 @@ def convert(
     folder : path
         A Hugging Face or sentence-transformers folder: ``config.json``, ``model.safetensors``,
         ``vocab.txt`` or ``tokenizer.json``, and, if it says how to pool, ``modules.json``. A
-        ``BertForSequenceClassification`` becomes a reranker.
+        ``BertForSequenceClassification`` becomes a reranker. The tokenizer is WordPiece, or
+        Unigram as that of multilingual-e5-small.
     destination : path
         The GGUF to write. It appears whole or not at all.
     outtype : {"bf16", "f16", "f32", "q8_0"}
         Type of the matrices; vectors, positions and token types stay float32, as in llama.cpp's
         converter. Least cosine to sentence-transformers on the 200 texts of
         the tests, all-MiniLM-L6-v2: 0.99995 for bf16, 0.999995 for f32, 0.9975 for q8_0.
+    pooling : {"mean", "cls", "last"} or PoolingType, optional
+        How an embedder's vectors are made of those of its tokens. By default what the folder says;
+        else what is known of its family, by its name: bge, snowflake-arctic-embed, gte, e5,
+        mxbai-embed-large, all-MiniLM and paraphrase-MiniLM. Else it is left open, with a warning.
 
     Returns
     -------
@@ -75,20 +84,31 @@ def convert(
         The folder lacks a file, or holds a model that this converter does not know.
     MissingExtraError
         `gguf` or `safetensors` is not installed.
+
+    Warns
+    -----
+    UserWarning
+        Nothing says how to pool, and llamacrab will take the mean over all tokens; or `pooling`
+        contradicts the folder.
     """
     if outtype not in OUTTYPES:
         raise ConvertError(f"outtype must be one of {', '.join(OUTTYPES)}, not {outtype!r}")
     folder, destination = Path(folder), Path(destination)
     gguf = require("gguf", extra="minilm")
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     _refuse_unknown(config)
     tensors = {
-        name.removeprefix("bert."): tensor
-        for name, tensor in _tensors(folder / "model.safetensors")
+        _as_saved_today(name): tensor for name, tensor in _tensors(folder / "model.safetensors")
     }
+    tokenizer = Tokenizer(folder)
     is_reranker = _is_reranker(config)
+    how: str | None = "RANK"
     if is_reranker:
+        if pooling is not None:
+            raise ConvertError(f"{folder} holds a cross-encoder, which has no pooling to choose")
         _check_head(folder, config, tensors)
+    else:
+        how = choose(folder, config, pooling)
 
     destination.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=destination.parent, prefix=f".{destination.name}.")
@@ -98,13 +118,12 @@ def convert(
         _write_header(writer, gguf, folder, config, outtype)
         for prompt_name, prompt in _prompts(folder).items():
             writer.add_string(f"{PROMPT_KEY}{prompt_name}", prompt)
+        if how is not None:
+            writer.add_pooling_type(gguf.PoolingType[how])
         if is_reranker:
-            writer.add_pooling_type(gguf.PoolingType.RANK)
             writer.add_array("bert.classifier.output_labels", _labels(config, tensors))
-        elif (pooling := _pooling(folder)) is not None:
-            writer.add_pooling_type(gguf.PoolingType[pooling])
-        twice = is_reranker and _has_segments(folder, tensors)
-        _write_vocabulary(writer, gguf, folder, config, twice=twice)
+        twice = is_reranker and tokenizer.has_segments and len(tensors[TYPES]) > 1
+        write_vocabulary(writer, gguf, tokenizer, config, twice=twice)
         if twice:
             words, types = tensors[WORDS], tensors[TYPES]
             tensors[WORDS] = np.concatenate([words, words + (types[1] - types[0])])
@@ -132,43 +151,11 @@ def _check(name: str, folder: Path) -> None:
         raise ConvertError(f"{folder} does not make a model: {error}") from None
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConvertError(f"{path.parent} lacks {path.name}") from None
-    except (OSError, ValueError) as error:
-        raise ConvertError(f"cannot read {path}: {error}") from None
-
-
-def _parse(path: Path) -> Any:
-    text = _read_text(path)
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ConvertError(f"cannot read {path}: {error}") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    read = _parse(path)
-    if not isinstance(read, dict):
-        raise ConvertError(f"{path} holds no JSON object")
-    return read
-
-
-def _size(config: dict[str, Any], key: str) -> int:
-    """Return a size that the model's config must give."""
-    size = config.get(key)
-    if not isinstance(size, int) or size < 1:
-        raise ConvertError(f"config.json must give {key}, a positive integer, not {size!r}")
-    return size
-
-
 def _refuse_unknown(config: dict[str, Any]) -> None:
     """Refuse what llama.cpp's graph for BERT would compute differently, or not at all."""
     kind = config.get("model_type")
     if kind != "bert":
-        raise ConvertError(f"model_type is {kind!r}; this converter knows 'bert' only")
+        raise ConvertError(f"model_type is {kind!r}; this converter knows 'bert' only. {ELSEWHERE}")
     heads = [name for name in config.get("architectures") or [] if "Classification" in name]
     if heads and not _is_reranker(config):
         raise ConvertError(f"{heads[0]} has a head that gives no score to a text as a whole")
@@ -185,6 +172,12 @@ def _refuse_unknown(config: dict[str, Any]) -> None:
         raise ConvertError(f"position_embedding_type is {positions!r}, not 'absolute'")
 
 
+def _as_saved_today(name: str) -> str:
+    """Return the name that transformers gives a tensor now; files from TensorFlow's time differ."""
+    stem, dot, last = name.removeprefix("bert.").rpartition(".")
+    return stem + dot + {"gamma": "weight", "beta": "bias"}.get(last, last)
+
+
 def _is_reranker(config: dict[str, Any]) -> bool:
     return config.get("architectures") == ["BertForSequenceClassification"]
 
@@ -197,7 +190,7 @@ def _check_head(
         if name not in tensors:
             raise ConvertError(f"{folder} lacks the tensor {name}")
         width = tensors[name].shape[1:]
-        if name.endswith(".weight") and width != (_size(config, "hidden_size"),):
+        if name.endswith(".weight") and width != (size(config, "hidden_size"),):
             raise ConvertError(f"{folder}: the rows of {name} have shape {width}")
 
 
@@ -208,23 +201,17 @@ def _labels(config: dict[str, Any], tensors: dict[str, np.ndarray[Any, Any]]) ->
     return [str(said.get(str(i), f"LABEL_{i}")) for i in range(len(tensors["classifier.weight"]))]
 
 
-def _has_segments(folder: Path, tensors: dict[str, np.ndarray[Any, Any]]) -> bool:
-    """Return whether the model tells the document from the query by the type of its tokens."""
-    inputs = _tokenizer_settings(folder).get("model_input_names") or ["token_type_ids"]
-    return len(tensors[TYPES]) > 1 and "token_type_ids" in inputs
-
-
 def _write_header(
     writer: Any, gguf: Any, folder: Path, config: dict[str, Any], outtype: str
 ) -> None:
     name = Path(config.get("_name_or_path") or "").name or folder.resolve().name
     writer.add_type("model")
     writer.add_name(name)
-    writer.add_block_count(_size(config, "num_hidden_layers"))
-    writer.add_context_length(_size(config, "max_position_embeddings"))
-    writer.add_embedding_length(_size(config, "hidden_size"))
-    writer.add_feed_forward_length(_size(config, "intermediate_size"))
-    writer.add_head_count(_size(config, "num_attention_heads"))
+    writer.add_block_count(size(config, "num_hidden_layers"))
+    writer.add_context_length(size(config, "max_position_embeddings"))
+    writer.add_embedding_length(size(config, "hidden_size"))
+    writer.add_feed_forward_length(size(config, "intermediate_size"))
+    writer.add_head_count(size(config, "num_attention_heads"))
     writer.add_layer_norm_eps(config["layer_norm_eps"])
     ftype = "ALL_F32" if outtype == "f32" else f"MOSTLY_{outtype.upper()}"
     writer.add_file_type(gguf.LlamaFileType[ftype])
@@ -234,126 +221,11 @@ def _write_header(
 
 def _prompts(folder: Path) -> dict[str, str]:
     """Return the prompts that sentence-transformers keeps beside a model, by name."""
-    path = folder / "config_sentence_transformers.json"
-    prompts = _read_json(path).get("prompts") if path.is_file() else None
+    said = read_json(folder / "config_sentence_transformers.json", optional=True)
+    prompts = said.get("prompts")
     if not isinstance(prompts, dict):
         return {}
     return {str(name): str(prompt) for name, prompt in prompts.items()}
-
-
-def _pooling(folder: Path) -> str | None:
-    """Return the pooling that sentence-transformers would do: "MEAN", "CLS", "LAST" or None."""
-    if not (folder / "modules.json").is_file():
-        return None
-    try:
-        modules = {m["type"].rpartition(".")[2]: m["path"] for m in _parse(folder / "modules.json")}
-    except (KeyError, TypeError, AttributeError):
-        raise ConvertError(f"{folder / 'modules.json'} holds no list of modules") from None
-    if others := set(modules) - {"Transformer", "Pooling", "Normalize"}:
-        raise ConvertError(f"{folder} has a module that a GGUF cannot hold: {min(others)}")
-    if "Pooling" not in modules:
-        return None
-    place = folder / modules["Pooling"]
-    said = _read_json(place / "config.json")
-    known = {"mean_tokens": "MEAN", "cls_token": "CLS", "lasttoken": "LAST"}
-    chosen = [
-        key.removeprefix("pooling_mode_")
-        for key, value in said.items()
-        if key.startswith("pooling_mode_") and value is True
-    ]
-    if not chosen and isinstance(said.get("pooling_mode"), str):
-        modes = {"mean": "mean_tokens", "cls": "cls_token", "lasttoken": "lasttoken"}
-        chosen = [modes.get(said["pooling_mode"], said["pooling_mode"])]
-    if len(chosen) != 1 or chosen[0] not in known:
-        raise ConvertError(
-            f"{place}: mean, cls and last-token pooling are supported, not {' + '.join(chosen)!r}"
-        )
-    return known[chosen[0]]
-
-
-def _tokenizer_settings(folder: Path) -> dict[str, Any]:
-    path = folder / "tokenizer_config.json"
-    return _read_json(path) if path.is_file() else {}
-
-
-def _write_vocabulary(
-    writer: Any, gguf: Any, folder: Path, config: dict[str, Any], *, twice: bool
-) -> None:
-    tokens = _tokens(folder)
-    settings = _tokenizer_settings(folder)
-    ids = {token: i for i, token in enumerate(tokens)}
-    special = {role: ids.get(_special_token(settings, role)) for role in SPECIAL_ROLES}
-    if special["cls"] is None or special["sep"] is None:
-        raise ConvertError(f"the vocabulary of {folder} lacks [CLS] or [SEP]")
-    kinds = [gguf.TokenType.NORMAL] * len(tokens)
-    for i in special.values():
-        if i is not None:
-            kinds[i] = gguf.TokenType.CONTROL
-    for i in range(len(tokens), _size(config, "vocab_size")):
-        tokens.append(f"[PAD{i}]")
-        kinds.append(gguf.TokenType.UNUSED)
-    if len(tokens) > _size(config, "vocab_size"):
-        raise ConvertError(
-            f"{folder} has {len(tokens)} tokens, its config says {config['vocab_size']}"
-        )
-
-    writer.add_token_type_count(_size(config, "type_vocab_size"))
-    writer.add_tokenizer_model("bert")
-    writer.add_tokenizer_pre("jina-v2-en")  # llama.cpp's name for BERT's own splitting
-    spelled = [
-        token if kind == gguf.TokenType.CONTROL else _phantom(token)
-        for token, kind in zip(tokens, kinds, strict=True)
-    ]
-    if twice:
-        writer.add_uint32(SEGMENT_B_OFFSET, len(tokens))
-        # A word never holds a space, so that no text can be split into these. Neither are they
-        # control tokens, for each of which llama.cpp searches every text.
-        spelled += [f" {i}" for i in range(len(tokens))]
-        kinds += [gguf.TokenType.UNUSED] * len(tokens)
-    writer.add_token_list(spelled)
-    writer.add_token_types(kinds)
-    writer.add_bos_token_id(special["cls"])
-    writer.add_eos_token_id(special["sep"])
-    writer.add_sep_token_id(special["sep"])
-    for role in ("unk", "pad", "mask"):
-        if special[role] is not None:
-            getattr(writer, f"add_{role}_token_id")(special[role])
-    writer.add_add_bos_token(True)
-    writer.add_add_eos_token(True)
-    writer.add_add_sep_token(False)
-    lowercase, strip_accents = _normalizer(folder, settings)
-    writer.add_bool("tokenizer.ggml.normalizer.lowercase", lowercase)
-    if strip_accents is not None:
-        writer.add_bool("tokenizer.ggml.normalizer.strip_accents", strip_accents)
-
-
-def _tokens(folder: Path) -> list[str]:
-    if (folder / "vocab.txt").is_file():
-        return _read_text(folder / "vocab.txt").rstrip("\n").split("\n")
-    model = _read_json(folder / "tokenizer.json").get("model")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    if not isinstance(vocabulary, dict):
-        raise ConvertError(f"{folder} has neither vocab.txt nor a WordPiece tokenizer.json")
-    return sorted(vocabulary, key=vocabulary.__getitem__)
-
-
-def _special_token(settings: dict[str, Any], role: str) -> str:
-    said = settings.get(f"{role}_token") or f"[{role.upper()}]"
-    return said["content"] if isinstance(said, dict) else said
-
-
-def _normalizer(folder: Path, settings: dict[str, Any]) -> tuple[bool, bool | None]:
-    """Return (lowercase, strip_accents); the second is None where it follows the first."""
-    if (folder / "tokenizer.json").is_file():
-        said = _read_json(folder / "tokenizer.json").get("normalizer") or {}
-        if said.get("type") == "BertNormalizer":
-            return bool(said.get("lowercase", True)), said.get("strip_accents")
-    return bool(settings.get("do_lower_case", True)), settings.get("strip_accents")
-
-
-def _phantom(token: str) -> str:
-    """Spell a WordPiece as llama.cpp does: U+2581 before what starts a word, nothing else."""
-    return token[2:] if token.startswith("##") else "\u2581" + token
 
 
 def _write_tensors(
@@ -364,7 +236,7 @@ def _write_tensors(
     tensors: dict[str, np.ndarray[Any, Any]],
     outtype: str,
 ) -> None:
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.BERT, _size(config, "num_hidden_layers"))
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.BERT, size(config, "num_hidden_layers"))
     quantized = gguf.GGMLQuantizationType[outtype.upper()]
     kept_f32 = ("position_embd.weight", "token_types.weight")
     for source, tensor in tensors.items():
@@ -389,7 +261,9 @@ def _tensors(path: Path) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
     try:
         stored = safetensors.deserialize(path.read_bytes())
     except FileNotFoundError:
-        raise ConvertError(f"{path.parent} lacks {path.name}") from None
+        others = [name for name in OTHER_WEIGHTS if (path.parent / name).is_file()]
+        other = f" and has {others[0]}. {ELSEWHERE}" if others else ""
+        raise ConvertError(f"{path.parent} lacks {path.name}{other}") from None
     except (OSError, safetensors.SafetensorError) as error:
         raise ConvertError(f"cannot read {path}: {error}") from None
     # Sorted, as safetensors gives them in another order each time. The file must come out the same:
