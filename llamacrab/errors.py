@@ -15,10 +15,13 @@ class LlamaError(Exception):
         Where a call over many texts failed in the middle: what it would have returned.
     done : ndarray of bool, or None
         Which of `rows` had been computed by then.
+    index : int or None
+        Which text of the call is at fault, where it is one.
     """
 
     rows: Any = None
     done: Any = None
+    index: int | None = None
 
 
 class ModelError(LlamaError):

@@ -26,6 +26,7 @@ from llamacrab.options import EmbedKeywords, EmbedOptions, merge
 from llamacrab.plan import Plan, Prepared
 from llamacrab.prompts import prompts_of
 from llamacrab.rerank import Pairs, PairTemplate, Scoring, warn_of_wrong_scores
+from llamacrab.texts import as_iterator, as_list, as_pairs, is_one
 
 if TYPE_CHECKING:
     import os
@@ -394,7 +395,7 @@ class Llama:
         bool for each text that tells whether its row is there.
         """
         plan = self._plan(merge(options, changes))
-        texts = _as_list(texts, "embed_texts")
+        texts = as_list(texts, "embed_texts")
         rows = self._embed(plan, texts, dedup=dedup, timeout=timeout, progress=progress)
         return cast("np.ndarray", rows)
 
@@ -420,7 +421,7 @@ class Llama:
         A model whose prompts are not known (`prompts`) gets none.
         """
         how = self._with_prompt("document", merge(options, changes))
-        return self.embed_texts(_as_list(texts, "embed_documents"), options=how)
+        return self.embed_texts(as_list(texts, "embed_documents"), options=how)
 
     def embed_tokens(
         self, text: Text, *, options: EmbedOptions | None = None, **changes: Unpack[EmbedKeywords]
@@ -481,37 +482,41 @@ class Llama:
         """
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, not {batch_size}")
-        if isinstance(texts, (str, bytes)):
-            raise InputError("embed_iter takes an iterable of texts; for one text use embed()")
         # What cannot work fails here, not at the first block.
-        return self._stream(iter(texts), self._plan(merge(options, changes)), dedup, batch_size)
+        stream = as_iterator(texts, "embed_iter")
+        return self._stream(stream, self._plan(merge(options, changes)), dedup, batch_size)
 
     def _stream(
         self, texts: Iterator[Text], plan: Plan, dedup: bool, batch_size: int
     ) -> Iterator[np.ndarray]:
         blocks: list[tuple[Job, Prepared, int]] = []
-        first = 0
+        read = first = 0  # texts before the block that comes next, or is worked on
+        work: Prepared | None = None
         try:
             while True:
                 block = list(itertools.islice(texts, batch_size))
                 if block:
+                    first, work = read, None
+                    read += len(block)
                     work = plan.prepare(block)
                     job = self._job(work, dedup=dedup)
-                    blocks.append((job, work, len(block)))
+                    blocks.append((job, work, first))
                     job.add(work.units)
                     job.seal()
                 if not blocks:
                     return
                 # Two blocks ahead keep the workers busy while the caller uses its rows.
                 if not block or len(blocks) > 2:
-                    job, work, n_texts = blocks[0]
+                    job, work, first = blocks[0]
                     rows = work.finish(job.wait())
                     del blocks[0]
-                    first += n_texts
-                    self._tune(first, over=not block)
+                    self._tune(blocks[0][2] if blocks else read, over=not block)
                     yield cast("np.ndarray", rows)
         except LlamaError as error:
-            if hasattr(error, "index"):
+            if work is not None:
+                work.restate(error)
+            if error.index is not None:
+                error.index += first
                 error.args = (f"{error} (counted from text {first} of the stream)",)
             raise
         finally:
@@ -520,7 +525,7 @@ class Llama:
 
     def submit(
         self,
-        texts: Text | Sequence[Text],
+        texts: Text | Iterable[Text],
         *,
         options: EmbedOptions | None = None,
         dedup: bool = True,
@@ -531,8 +536,8 @@ class Llama:
 
         Parameters
         ----------
-        texts : str, sequence of int, or list of them
-            One text gives what `embed` returns, a list of texts what `embed_texts` returns.
+        texts : str, sequence of int, or iterable of them
+            One text gives what `embed` returns, several what `embed_texts` returns.
         options, dedup, **changes
             As for `embed_texts`.
         block : bool
@@ -549,10 +554,8 @@ class Llama:
         QueueFull
             The queue is full and `block` is false.
         """
-        single = not isinstance(texts, list) or bool(
-            texts and isinstance(texts[0], (int, np.integer))
-        )
-        batch = cast("list[Text]", [texts] if single else texts)
+        single = is_one(texts, "submit")
+        batch = [texts] if single else as_list(texts, "submit")
         work = self._plan(merge(options, changes)).prepare(batch)
         job = self._job(work, dedup=dedup)
         try:
@@ -582,7 +585,7 @@ class Llama:
 
         Cancelling the task drops what waits and does not disturb other callers.
         """
-        work = self._plan(merge(options, changes)).prepare(_as_list(texts, "aembed_texts"))
+        work = self._plan(merge(options, changes)).prepare(as_list(texts, "aembed_texts"))
         job = self._job(work, dedup=dedup)
         return cast("np.ndarray", await aio.run(self._scheduler, job, work.units, work.finish))
 
@@ -684,7 +687,7 @@ class Llama:
             An argument is wrong, or means nothing for this head: the softmax over one output, an
             order of documents by several classes.
         """
-        documents = _as_list(documents, "rerank")
+        documents = as_list(documents, "rerank")
         scoring = self._scoring(
             activation, documents=documents, top_k=top_k, return_documents=return_documents
         )
@@ -716,7 +719,7 @@ class Llama:
             Scores in the order of the pairs; with several classes shape (n_pairs, n_cls_out).
         """
         scoring = self._scoring(activation)
-        wanted = self._pairs(_as_list(pairs, "rerank_pairs"), truncate)
+        wanted = self._pairs(as_pairs(pairs, "rerank_pairs"), truncate)
         job = self._pairs_job(len(wanted))
         return cast("np.ndarray", scoring(self._run(job, wanted, timeout=timeout)))
 
@@ -767,7 +770,7 @@ class Llama:
         truncate: Truncate = False,
     ) -> np.ndarray | list[RerankResult]:
         """Await how well each document answers the query; see `rerank`."""
-        documents = _as_list(documents, "arerank")
+        documents = as_list(documents, "arerank")
         scoring = self._scoring(
             activation, documents=documents, top_k=top_k, return_documents=return_documents
         )
@@ -783,7 +786,7 @@ class Llama:
     ) -> np.ndarray:
         """Await how well the document of each pair answers its query; see `rerank_pairs`."""
         scoring = self._scoring(activation)
-        wanted = self._pairs(_as_list(pairs, "arerank_pairs"), truncate)
+        wanted = self._pairs(as_pairs(pairs, "arerank_pairs"), truncate)
         job = self._pairs_job(len(wanted))
         return cast("np.ndarray", await aio.run(self._scheduler, job, wanted, scoring))
 
@@ -910,9 +913,3 @@ class Llama:
         finally:
             if bar is not None:
                 bar.close()
-
-
-def _as_list(texts: Iterable[Any], name: str) -> list[Any]:
-    if isinstance(texts, (str, bytes)):
-        raise InputError(f"{name} takes a list of texts, not one text")
-    return texts if isinstance(texts, list) else list(texts)

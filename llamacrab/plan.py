@@ -52,7 +52,7 @@ class Prepared:
             return
         if error.done is not None:
             error.done = self.windows.done(error.done)
-        if hasattr(error, "index"):
+        if error.index is not None:
             error.index = self.windows.text_of(error.index)
             error.args = (f"{error} (a window of text {error.index})",)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from llamacrab._extras import require
 from llamacrab.errors import CorpusError
+from llamacrab.texts import as_iterator
 from llamacrab.tuning import content_key
 
 # Rows that are read at once.
@@ -122,17 +123,17 @@ class Source:
         data, pa = self._data, self._pa
         if hasattr(data, "to_batches"):  # a table or a dataset
             yield from self._from_table(data, "the table")
-        elif type(data).__module__.partition(".")[0] == "pandas":
+        elif hasattr(data, "columns") and type(data).__module__.partition(".")[0] == "pandas":
             yield from self._from_table(
                 pa.Table.from_pandas(data, preserve_index=False), "the frame"
             )
-        elif hasattr(data, "to_arrow"):  # polars
+        elif hasattr(data, "columns") and hasattr(data, "to_arrow"):  # polars
             yield from self._from_table(data.to_arrow(), "the frame")
         elif type(data).__module__.partition(".")[0] == "datasets":
             for table in data.with_format("arrow").iter(batch_size=BLOCK):
                 yield from self._from_table(table, "the dataset")
         else:
-            yield from self._from_rows(data)
+            yield from self._from_rows(as_iterator(data, "embed_corpus"))
 
     def _wanted(self) -> list[str]:
         return list(dict.fromkeys((self._text, *self._keep)))
