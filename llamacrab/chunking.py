@@ -52,6 +52,8 @@ class Windows:
         overlap: int,
     ) -> None:
         self.units: list[Any] = []
+        # Without special tokens and prompt they are empty, and numpy's empty is of float64.
+        before, after = np.array(head, dtype=np.int32), np.array(tail, dtype=np.int32)
         firsts, weights = [], []
         for i, text in enumerate(texts):
             firsts.append(len(self.units))
@@ -64,7 +66,7 @@ class Windows:
             if len(parts) == 1:
                 self.units.append(text)
             elif isinstance(text, str):
-                self.units += [np.concatenate([head, ids[a:b], tail]) for a, b in parts]
+                self.units += [np.concatenate([before, ids[a:b], after]) for a, b in parts]
             else:
                 self.units += [ids[a:b] for a, b in parts]
         self._firsts = np.array(firsts, dtype=np.intp)

@@ -8,7 +8,7 @@ import unicodedata
 import numpy as np
 import pytest
 from gguf import GGUFValueType
-from helpers import EMBEDDERS, TEXTS, cosines, gguf_path, golden, ragged, rewrite_gguf
+from helpers import EMBEDDERS, FAMILIES, TEXTS, cosines, gguf_path, golden, ragged, rewrite_gguf
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -266,6 +266,23 @@ def test_chunks_are_embedded_and_averaged_by_their_tokens(load):
         llama.embed(long, chunk=10, chunk_overlap=9)
     with pytest.raises(TextTooLongError):
         llama.embed(long)
+
+
+@pytest.mark.parametrize("end", [True, False])
+@pytest.mark.parametrize("start", [True, False])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_windows_need_no_special_tokens(load, name, start, end):
+    llama = load(name)
+    vocab = llama.model.vocab
+    head, tail = vocab.prefix if start else (), vocab.suffix if end else ()
+    long = " ".join(TEXTS[:12])
+    ids = vocab.tokenize(long, add_special=False)
+    windows = bounds(len(ids), 40 - len(head) - len(tail), 0)
+    assert len(windows) > 2
+    rows = llama.embed_texts([[*head, *ids[a:b], *tail] for a, b in windows], normalize=False)
+    want = np.average(rows, axis=0, weights=[b - a for a, b in windows])
+    got = llama.embed(long, chunk=40, start_token=start, end_token=end)
+    assert cosines(got, want) > 0.9999
 
 
 def test_a_failure_in_a_window_names_its_text_and_keeps_the_others(load):
