@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import pickle
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import numpy as np
@@ -34,7 +37,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
     from typing import TypeAlias
 
-    from typing_extensions import Unpack
+    from typing_extensions import Self, Unpack
 
     from llamacrab.rerank import Activation, RerankResult, Truncate
 
@@ -171,6 +174,11 @@ class Llama:
         deterministic: bool = False,
         on_pack: Callable[[dict[str, Any]], Any] | None = None,
     ) -> None:
+        # What pickle makes it of again.
+        self._how = {
+            name: value for name, value in locals().items() if name not in ("self", "path")
+        }
+        self._path = None if path is None else Path(path).absolute()
         if isinstance(devices, str) or (devices is not None and not devices):
             raise DeviceError(f"devices must be a list of names, such as ['CPU'], not {devices!r}")
         path = resolve(path)
@@ -280,6 +288,26 @@ class Llama:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle its file and arguments: the process that unpickles it loads the model itself."""
+        if self.model.closed:
+            raise ClosedError("the Llama is closed: pickle it before, or pass its path")
+        try:
+            pickle.dumps(self._how["on_pack"])
+        except Exception as error:
+            raise InputError(
+                f"this Llama cannot be pickled, as on_pack={self._how['on_pack']!r} cannot be "
+                f"({error}): use a function of a module, or make the Llama in the other process"
+            ) from error
+        return functools.partial(type(self), **self._how), (self._path,)
+
+    def __copy__(self) -> Self:
+        """Return itself: one model serves all who use it."""
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        return self
 
     def __repr__(self) -> str:
         if self.model.closed:

@@ -78,6 +78,7 @@ cdef class Model:
     cdef readonly str path
     cdef readonly object device  #: as given: the name of a device, or None
     cdef dict _metadata
+    cdef object _made  # what pickle makes it of again
     cdef frozenset _head_tensors
     cdef readonly str cpu_backend  #: "ggml", "llamacrab" or "int8"
 
@@ -85,6 +86,10 @@ cdef class Model:
                  device=None, bint use_mmap=True, bint use_mlock=False, bint check_tensors=False,
                  cpu_backend="auto"):
         self.path = os.fspath(path)
+        self._made = functools.partial(
+            type(self), os.path.abspath(self.path), n_gpu_layers=n_gpu_layers, main_gpu=main_gpu,
+            split_mode=split_mode, device=device, use_mmap=use_mmap, use_mlock=use_mlock,
+            check_tensors=check_tensors, cpu_backend=cpu_backend)
         sync_log_level()
         self._head_tensors, suits = _read_header(self.path)
         cdef c.llama_model_params params = c.llama_model_default_params()
@@ -160,6 +165,18 @@ cdef class Model:
 
     def __exit__(self, *exc_info):
         self.close()
+
+    def __reduce__(self):
+        """Pickle its file and arguments: the process that unpickles it loads it itself."""
+        self.handle()
+        return self._made, ()
+
+    def __copy__(self):
+        """Return itself: one model serves all who use it."""
+        return self
+
+    def __deepcopy__(self, memo):
+        return self
 
     def __repr__(self):
         return f"<Model {self.path!r}{' (closed)' if self.closed else ''}>"

@@ -56,12 +56,12 @@ def test_a_null_is_refused_and_not_embedded_by_its_name(embedder, null):
 
 @pytest.mark.parametrize("column", [np.arange(2), np.array([1.5, np.nan]), np.array([b"a"])])
 def test_a_column_that_holds_no_texts_is_refused(embedder, column):
-    with pytest.raises(errors.InputError, match="text 0 is (int|float|bytes), not str"):
+    with pytest.raises(errors.InputError, match=r"text 0 is (int|float|bytes), not str"):
         embedder({"body": column})
 
 
 def test_a_column_that_is_not_there_is_named_with_those_that_are(embedder):
-    with pytest.raises(errors.InputError, match="no column 'body' .* its columns are id, text"):
+    with pytest.raises(errors.InputError, match=r"no column 'body' .* its columns are id, text"):
         embedder({"id": np.arange(1), "text": np.array(["a crab"])})
 
 
