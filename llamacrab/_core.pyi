@@ -233,6 +233,8 @@ class Encoder:
         trail: str = "",
         shift: int = 0,
         text_only: bool = False,
+        advice: str = "pass truncate=True to cut it",
+        larger: str = "",
     ) -> None: ...
     @property
     def vocab(self) -> Vocab: ...

@@ -40,19 +40,26 @@ cdef class Encoder:
         Added to ids below it between prefix and suffix: `Vocab.segment_b_offset` for a document.
     text_only : bool
         Refuse token ids, around which nothing of this can be put.
+    advice, larger : str
+        What helps against a text that is too long, for error messages: what to pass to the call,
+        and how to make `limit` larger, empty where it cannot be.
     """
 
     cdef native.encoding _native
     cdef native.token_vector _common  # ids that nearly every text begins with
     cdef bint _text_only
+    cdef str _advice, _larger
     cdef readonly Vocab vocab
 
     def __init__(self, Vocab vocab not None, *, int limit, truncate=False,
                  bint parse_special=False, prefix=None, suffix=None, lead="", trail="",
-                 int shift=0, bint text_only=False):
+                 int shift=0, bint text_only=False, str advice="pass truncate=True to cut it",
+                 str larger=""):
         cdef int side = _truncate_side(truncate)
         self.vocab = vocab
         self._text_only = text_only
+        self._advice = f"{advice}, or {larger}" if larger else advice
+        self._larger = f", or {larger}" if larger else ""
         self._native.vocab = vocab._ptr
         self._native.limit = limit
         self._native.shift = shift
@@ -119,7 +126,7 @@ cdef class Encoder:
         if len(array) <= limit:
             return array
         if self._native.truncate == native.truncate_side.none:
-            raise TextTooLongError(len(array), limit, index)
+            raise TextTooLongError(len(array), limit, index, self._advice)
         # Ids that begin and end with the special tokens keep them through a cut, as a text does.
         prefix, suffix = self.vocab.prefix, self.vocab.suffix
         cdef Py_ssize_t n_before = len(prefix), n_after = len(suffix)
@@ -137,13 +144,13 @@ cdef class Encoder:
 
     cdef object error(self, native.encode_status status, int64_t n_tokens, int64_t index):
         if status == native.encode_status.too_long:
-            return TextTooLongError(n_tokens, self._native.limit, index)
+            return TextTooLongError(n_tokens, self._native.limit, index, self._advice)
         if status == native.encode_status.empty:
             return _wrong(index, f"text {index} has no tokens", EmptyInputError)
         if status == native.encode_status.no_room:
             return ContextError(
                 f"text {index}: of {self._native.limit} tokens none is left for the text beside "
-                "what stands around it: make n_ctx larger"
+                f"what stands around it: shorten the prompt or the query{self._larger}"
             )
         return _wrong(index, f"text {index}: {_UNSPLITTABLE}")
 

@@ -238,6 +238,11 @@ class Llama:
                     for layout in self.layouts
                 ]
         self._limit = min(n_ctx, self._scheduler.context.n_tokens_max)
+        self._larger = ""  # how to make room for longer texts, where that can be
+        if self._limit < n_ctx and n_ubatch:
+            self._larger = f"make the Llama with n_ubatch={n_ctx}"
+        elif n_ctx < self.model.n_ctx_train:
+            self._larger = f"make the Llama with a larger n_ctx, up to {self.model.n_ctx_train}"
         # Explicit sizes are kept; so is what has been measured before.
         may_tune = known == [None] and not (given.pack_tokens or deterministic or devices)
         self._calibration = tuning.Calibration(self._scheduler) if may_tune else None
@@ -862,7 +867,7 @@ class Llama:
             raise PoolingError("this model is a reranker (pooling RANK): use rerank()")
         plan = self._plans.get(how.key)
         if plan is None or plan.how.ranges is not how.ranges:
-            plan = Plan(how, self.model, self.pooling_type, self._limit, self.prompts)
+            plan = Plan(how, self.model, self.pooling_type, self._limit, self.prompts, self._larger)
             if len(self._plans) < PLANS_MAX:
                 self._plans[how.key] = plan
         return plan
@@ -900,11 +905,13 @@ class Llama:
         return Scoring(self.model, activation, **wanted)
 
     def _rerank_job(self, query: str, n_documents: int, truncate: Truncate) -> Job:
-        encoder = PairTemplate(self.model, query).encoder(limit=self._limit, truncate=truncate)
+        encoder = PairTemplate(self.model, query).encoder(
+            limit=self._limit, truncate=truncate, larger=self._larger
+        )
         return self._scheduler.job(encoder, n_documents)
 
     def _pairs(self, pairs: list[Any], truncate: Truncate) -> Pairs:
-        return Pairs(self.model, pairs, limit=self._limit, truncate=truncate)
+        return Pairs(self.model, pairs, limit=self._limit, truncate=truncate, larger=self._larger)
 
     def _pairs_job(self, n_pairs: int) -> Job:
         return self._scheduler.job(Encoder(self.model.vocab, limit=self._limit), n_pairs)

@@ -309,6 +309,30 @@ cdef str _meta_string(_ModelHandle handle, int32_t i, bint value):
     return (<bytes>text).decode("utf-8", "replace")
 
 
+_CONVERT = "`llamacrab convert {} -o model.gguf` makes a GGUF of a model from Hugging Face"
+
+
+cdef str _if_on_a_hub(str path):
+    """Return what to do with a name such as "owner/model", empty for what looks like a path."""
+    owner, _, name = path.partition("/")
+    if not owner or not name or "/" in name or os.path.isdir(owner) or name.endswith(".gguf"):
+        return ""
+    return (
+        ": nothing is downloaded by name. Download its GGUF, or its folder: "
+        + _CONVERT.format("FOLDER")
+    )
+
+
+cdef str _in_folder(str path):
+    """Return what to do with a folder that is given as a model."""
+    files = sorted(os.listdir(path))
+    ggufs = [name for name in files if name.endswith(".gguf")]
+    if ggufs:
+        first = os.path.join(path, ggufs[0])
+        return f"pass {first}" + (f", the first of its {len(ggufs)} files" if ggufs[1:] else "")
+    return _CONVERT.format(path) if "config.json" in files else "pass the path of a GGUF file"
+
+
 cdef tuple _read_header(str path):
     """Return the tensors that shape how a model may be used, and whether our kernels suit it.
 
@@ -319,11 +343,17 @@ cdef tuple _read_header(str path):
         with open(path, "rb") as file:
             magic = file.read(4)
     except FileNotFoundError:
-        raise ModelNotFoundError(f"no model file at {path}") from None
+        raise ModelNotFoundError(f"no model file at {path}{_if_on_a_hub(path)}") from None
     except (OSError, ValueError) as error:
+        if os.path.isdir(path):  # on Windows this is a PermissionError
+            raise ModelError(f"{path} is a folder: {_in_folder(path)}") from None
         raise ModelError(f"cannot read {path}: {error}") from None
     if magic != b"GGUF":
-        raise ModelFormatError(f"{path} is not a GGUF: it starts with {magic!r}, not b'GGUF'")
+        advice = f". {_CONVERT.format(os.path.dirname(path) or '.')}"
+        raise ModelFormatError(
+            f"{path} is not a GGUF: it starts with {magic!r}, not b'GGUF'"
+            + advice * path.endswith((".safetensors", ".bin"))
+        )
     cdef c.gguf_init_params params
     params.no_alloc = True
     cdef bytes name = os.fsencode(path)

@@ -72,6 +72,8 @@ class Plan:
         Tokens that fit.
     prompts : mapping of str to str
         The model's own, by name.
+    larger : str
+        How to make `limit` larger, for error messages.
 
     Attributes
     ----------
@@ -88,6 +90,7 @@ class Plan:
         pooling_type: PoolingType,
         limit: int,
         prompts: Mapping[str, str],
+        larger: str = "",
     ) -> None:
         self.how = how
         self.pooled = pooling_type != PoolingType.NONE
@@ -110,6 +113,9 @@ class Plan:
             limit=limit,
             truncate=how.truncate,
             text_only=bool(prompt) and not how.chunk,
+            advice="pass truncate=True to cut it"
+            + (", or chunk=True to average over windows of it" if self.pooled else ""),
+            larger=larger,
             **around,
         )
         self._uncut = Encoder(vocab, limit=NO_LIMIT, **around)

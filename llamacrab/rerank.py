@@ -74,7 +74,7 @@ class PairTemplate:
         shift = vocab.segment_b_offset or 0
         self._tail = [int(token) + shift for piece in tail for token in _ids(vocab, piece)]
 
-    def encoder(self, *, limit: int, truncate: Truncate = False) -> Encoder:
+    def encoder(self, *, limit: int, truncate: Truncate = False, larger: str = "") -> Encoder:
         """Return what turns a document into the token ids of its pair with the query.
 
         Parameters
@@ -83,6 +83,8 @@ class PairTemplate:
             Tokens of the longest pair.
         truncate : bool or {"end", "start", "middle"}
             Where to cut a document that is too long beside the query; never anything else.
+        larger : str
+            How to make `limit` larger, for error messages.
         """
         return Encoder(
             self._vocab,
@@ -94,6 +96,8 @@ class PairTemplate:
             trail=self._trail,
             shift=self._vocab.segment_b_offset or 0,
             text_only=True,
+            advice="pass truncate=True to cut the document",
+            larger=larger,
         )
 
 
@@ -145,14 +149,24 @@ class Pairs:
         Tokens of the longest pair.
     truncate : bool or {"end", "start", "middle"}
         Where to cut a document that is too long beside its query.
+    larger : str
+        How to make `limit` larger, for error messages.
     """
 
     def __init__(
-        self, model: Model, pairs: Sequence[Any], *, limit: int, truncate: Truncate = False
+        self,
+        model: Model,
+        pairs: Sequence[Any],
+        *,
+        limit: int,
+        truncate: Truncate = False,
+        larger: str = "",
     ) -> None:
         self._pairs = pairs
         self._encoder_of = lru_cache(QUERIES_KEPT)(
-            lambda query: PairTemplate(model, query).encoder(limit=limit, truncate=truncate)
+            lambda query: PairTemplate(model, query).encoder(
+                limit=limit, truncate=truncate, larger=larger
+            )
         )
 
     def __len__(self) -> int:
