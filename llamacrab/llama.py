@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import pickle
 import time
 from dataclasses import dataclass, replace
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from llamacrab.rerank import Activation, RerankResult, Truncate
 
     Text: TypeAlias = str | Sequence[int] | np.ndarray
+
+_logger = logging.getLogger("llamacrab")
 
 # A text longer than this many tokens needs an explicit n_ctx: the buffers for it are large.
 N_CTX_DEFAULT_MAX = 8192
@@ -253,6 +256,13 @@ class Llama:
         log_doubts(self.model, self.pooling_type, n_ctx)
         if self.pooling_type == PoolingType.RANK:
             warn_of_wrong_scores(self.model)
+        _logger.info(
+            "%s: %s, cpu_backend=%s, %s",
+            repr(self),  # now: a record may be formatted when it is closed
+            self.model.desc,
+            self.model.cpu_backend,
+            ", ".join(map(str, self.layouts)),
+        )
 
     @property
     def layout(self) -> tuning.Layout:
