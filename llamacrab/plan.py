@@ -13,6 +13,7 @@ from llamacrab.chunking import Windows
 from llamacrab.errors import InputError, LlamaError
 from llamacrab.offsets import kept, token_offsets
 from llamacrab.options import NORM_INT16, EmbedOptions
+from llamacrab.prompts import ids_of, split_at_special
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -98,14 +99,19 @@ class Plan:
         # Windows are averaged as they come, and their mean is normalized.
         self.norm = 0.0 if how.chunk else how.norm
         vocab = model.vocab
-        self._prompt = prompt = _prompt(how, prompts)
+        prompt = _prompt(how, prompts)
+        self._lead = ""
         prefix = _special("start_token", how.start_token, vocab.prefix, len(vocab))
         suffix = _special("end_token", how.end_token, vocab.suffix, len(vocab))
+        if prompt:
+            # The text that touches a text is split into tokens together with it.
+            *before, lead = split_at_special(vocab, prompt)
+            prefix, self._lead = (*prefix, *ids_of(vocab, before)), str(lead)
         self._n_around = (len(prefix), len(suffix))
         around: dict[str, Any] = {
             "prefix": prefix,
             "suffix": suffix,
-            "lead": prompt,
+            "lead": self._lead,
             "parse_special": how.parse_special,
         }
         self.encoder = Encoder(
@@ -123,11 +129,7 @@ class Plan:
         if how.chunk:
             if not self.pooled:
                 raise InputError("chunk= needs a pooling: without one there is no row to average")
-            head = list(prefix)
-            if prompt:
-                head += vocab.tokenize(
-                    prompt, add_special=False, parse_special=how.parse_special
-                ).tolist()
+            head = [*prefix, *(ids_of(vocab, [self._lead]) if prompt else ())]
             self._chunking = {
                 "head": head,
                 "tail": suffix,
@@ -150,12 +152,12 @@ class Plan:
         full = self._uncut.encode(text)
         spans = token_offsets(
             self._uncut.vocab,
-            self._prompt + text,
+            self._lead + text,
             full,
             n_prefix=self._n_around[0],
             n_suffix=self._n_around[1],
         )
-        places: np.ndarray = np.maximum(spans[kept(full, ids)] - len(self._prompt), 0)
+        places: np.ndarray = np.maximum(spans[kept(full, ids)] - len(self._lead), 0)
         return places
 
     def prepare(self, texts: list[Any]) -> Prepared:

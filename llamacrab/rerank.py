@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import re
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,6 +12,7 @@ import numpy as np
 
 from llamacrab._core import Encoder, VocabType
 from llamacrab.errors import InputError, UnsupportedModelError
+from llamacrab.prompts import ids_of, split_at_special
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,13 +66,13 @@ class PairTemplate:
             )
         else:
             before, after = template.split("{document}")
-            head = _split_at_special(vocab, before, query)
-            tail = _split_at_special(vocab, after, query)
+            head = _filled(split_at_special(vocab, before), query)
+            tail = _filled(split_at_special(vocab, after), query)
             self._lead, self._trail = str(head.pop()), str(tail.pop(0))
-        self._head = [token for piece in head for token in _ids(vocab, piece)]
+        self._head = ids_of(vocab, head)
         # The document and what closes it are BERT's segment B.
         shift = vocab.segment_b_offset or 0
-        self._tail = [int(token) + shift for piece in tail for token in _ids(vocab, piece)]
+        self._tail = [token + shift for token in ids_of(vocab, tail)]
 
     def encoder(self, *, limit: int, truncate: Truncate = False, larger: str = "") -> Encoder:
         """Return what turns a document into the token ids of its pair with the query.
@@ -101,10 +101,6 @@ class PairTemplate:
         )
 
 
-def _ids(vocab: Vocab, piece: str | int) -> np.ndarray | list[int]:
-    return [piece] if isinstance(piece, int) else vocab.tokenize(piece, add_special=False)
-
-
 def _around_document(vocab: Vocab, query: str) -> tuple[list[str | int], list[str | int]]:
     """Return what stands before and after the document where the GGUF has no template."""
     closing = vocab.sep if vocab.eos is None else vocab.eos
@@ -115,24 +111,10 @@ def _around_document(vocab: Vocab, query: str) -> tuple[list[str | int], list[st
     return [piece for piece in head if piece is not None], [p for p in tail if p is not None]
 
 
-def _split_at_special(vocab: Vocab, template: str, query: str) -> list[str | int]:
-    """Return texts and, between them, ids of special tokens; the query is filled in.
-
-    A text stands first and last, empty where need be. Splitting before filling keeps what the query
-    spells from being read as special tokens.
-    """
-    spelled = {
-        vocab.token_to_piece(int(token)).decode("utf-8", "replace"): int(token)
-        for token in vocab.tokenize(template, add_special=False, parse_special=True)
-        if vocab.is_control(int(token))
-    }
-    spelled.pop("", None)
-    if not spelled:
-        return [template.replace("{query}", query)]
-    longest_first = sorted(spelled, key=len, reverse=True)
-    parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", template)
+def _filled(pieces: list[str | int], query: str) -> list[str | int]:
+    """Return the pieces of a template with the query filled in, whose special tokens stay text."""
     return [
-        spelled[part] if i % 2 else part.replace("{query}", query) for i, part in enumerate(parts)
+        piece if isinstance(piece, int) else piece.replace("{query}", query) for piece in pieces
     ]
 
 

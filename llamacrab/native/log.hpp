@@ -26,7 +26,7 @@ struct log_thread {
     bool        doubting = true;  // whether its doubts about a context are anybody's concern
 };
 
-// Warnings that are about generating text, which nobody does here. They are logged as DEBUG.
+// Warnings about generating text, which is not done here. They are logged as DEBUG.
 constexpr const char * log_demoted[] = {
     // Every BERT's: its SEP, which stands for EOS, does not end a generation.
     "special_eos_id is not in special_eog_ids",
