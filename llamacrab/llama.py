@@ -403,7 +403,8 @@ class Llama:
         Parameters
         ----------
         texts : iterable of str or of sequences of int
-            Texts, or token ids, to which no special token is added.
+            Texts, or token ids, to which no special token is added: a list, a flat array of
+            numpy or Arrow, a Series, a generator. See docs/embed.md for what is refused.
         options : EmbedOptions, optional
             How; by default ``EmbedOptions()``.
         dedup : bool
@@ -424,8 +425,8 @@ class Llama:
         Raises
         ------
         InputError
-            A text is too long, has no tokens, or is of a wrong type; the message has its index. Or
-            an option makes no sense for this model.
+            A text is too long, has no tokens, is missing, or is of a wrong type; ``index`` tells
+            which. Or `texts` holds no texts, or an option makes no sense for this model.
         PoolingError
             The model is a reranker.
         DecodeError, NumericalError, AllocationError, LlamaTimeoutError, ClosedError
