@@ -49,7 +49,7 @@ def test_a_batch_comes_back_with_a_column_of_vectors(embedder, load, kind):
 
 
 @pytest.mark.parametrize("null", [None, float("nan")])
-def test_a_null_is_refused_and_not_embedded_by_its_name(embedder, null):
+def test_mnf_48_a_null_is_refused_and_not_embedded_by_its_name(embedder, null):
     with pytest.raises(errors.InputError, match="text 1 is missing"):
         embedder({"body": np.array(["a crab", null], dtype=object)})
 

@@ -156,7 +156,7 @@ def test_a_stream_yields_str_from_whatever_holds_texts(load, holder):
 
 @refused
 @pytest.mark.parametrize("call", ["embed_texts", "embed_documents", "embed_iter"])
-def test_what_holds_no_texts_is_refused_with_what_to_pass(load, call, make, advice):
+def test_mnf_48_what_holds_no_texts_is_refused_with_what_to_pass(load, call, make, advice):
     with pytest.raises(errors.InputError, match=f"^{call} takes a list of texts, not .*{advice}"):
         getattr(load("tiny-bert"), call)(make())
 
@@ -175,7 +175,7 @@ def test_what_holds_no_documents_is_refused_with_what_to_pass(load, make, advice
 
 
 @pytest.mark.parametrize(("make", "shown"), WITH_NULL.values(), ids=WITH_NULL)
-def test_a_missing_text_is_refused_with_its_index(load, make, shown):
+def test_mnf_48_a_missing_text_is_refused_with_its_index(load, make, shown):
     texts = make()
     with pytest.raises(errors.InputError, match=rf"text 2 is missing \({shown}\): leave it out"):
         load("tiny-bert").embed_texts(texts)
