@@ -74,7 +74,7 @@ def is_one(texts: Any, caller: str) -> bool:
     if not hasattr(texts, "__len__"):
         return False
     if not len(texts):
-        return np.issubdtype(getattr(texts, "dtype", None), np.integer)
+        return _kind(texts) in ("i", "u")
     first = next(iter(texts))
     return isinstance(first, (int, np.integer)) or getattr(first, "ndim", None) == 0
 
@@ -95,7 +95,7 @@ def _check(texts: Any, caller: str) -> None:
         texts, wrong, of_mapping="list(d.values())", of_frame='one of its columns, df["column"]'
     )
     # Rows of an array may be the token ids of texts.
-    if getattr(texts, "ndim", 1) != 1 and getattr(texts.dtype, "kind", "i") not in "iu":
+    if getattr(texts, "ndim", 1) != 1 and _kind(texts) not in ("i", "u", ""):
         instead = "one of its columns, array[:, 0]" if texts.ndim else "[array.item()]"
         raise InputError(f"{wrong} an array of shape {tuple(texts.shape)}: pass {instead}")
 
@@ -118,6 +118,11 @@ def _check_kind(data: Any, wrong: str, *, of_mapping: str, of_frame: str) -> Non
         raise InputError(f"{wrong} a {kind}, which has no order: pass sorted(s)")
     if not hasattr(type(data), "__iter__") and not hasattr(type(data), "__getitem__"):
         raise InputError(f"{wrong} {kind}")
+
+
+def _kind(data: Any) -> str:
+    """Return numpy's letter for the kind of an array's elements, empty where there is none."""
+    return str(getattr(getattr(data, "dtype", None), "kind", ""))
 
 
 def _column_names(data: Any) -> list[Any] | None:

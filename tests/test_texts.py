@@ -292,6 +292,13 @@ def test_no_texts_give_no_rows(load, empty):
     assert load("tiny-bert").submit(empty).result().shape == (0, 32)
 
 
+@pytest.mark.parametrize("dtype", [None, "str", "object"])
+def test_an_empty_series_gives_no_rows(load, dtype):
+    empty = pandas().Series([], dtype=dtype)
+    assert load("tiny-bert").embed_texts(empty).shape == (0, 32)
+    assert load("tiny-bert").submit(empty).result().shape == (0, 32)
+
+
 PAIRS = [("query", "a crab"), ("query", "a lobster")]
 
 
