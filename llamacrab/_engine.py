@@ -97,6 +97,8 @@ class Engine:
         The queue, and the workers of all models.
     n_ctx : int
         Tokens of the longest text that fits.
+    larger : str
+        How to make room for longer texts; empty where there is no way.
     """
 
     def __init__(
@@ -141,6 +143,12 @@ class Engine:
         )
         self.n_ctx_wanted = n_ctx
         self.n_ctx = min(n_ctx, self.scheduler.context.n_tokens_max)
+        n_ctx_train = self.models[0].n_ctx_train
+        self.larger = ""
+        if self.n_ctx < n_ctx and n_ubatch:
+            self.larger = f"make the Llama with n_ubatch={n_ctx}"
+        elif n_ctx < n_ctx_train:
+            self.larger = f"make the Llama with a larger n_ctx, up to {n_ctx_train}"
         # Explicit sizes are kept; so is what has been measured before.
         fixed = given.pack_tokens or self.scheduler.deterministic or devices
         may_tune = known == [None] and not fixed

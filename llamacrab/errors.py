@@ -100,8 +100,7 @@ class TextTooLongError(InputError):
         Which text of the call it was.
     """
 
-    def __init__(self, n_tokens: int, limit: int, index: int = 0, advice: str = "") -> None:
-        advice = advice or "pass truncate=True to cut it, or make the model with a larger n_ctx"
+    def __init__(self, n_tokens: int, limit: int, index: int, advice: str) -> None:
         super().__init__(
             f"text {index} has {n_tokens} tokens (special tokens counted), {limit} fit: {advice}"
         )

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import logging
+import pickle
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import numpy as np
@@ -11,13 +15,14 @@ import numpy as np
 from llamacrab._core import Encoder, PoolingType, Scheduler, SplitMode
 from llamacrab._diagnostics import log_doubts, log_missing_gpu
 from llamacrab._engine import Engine
-from llamacrab.errors import DeviceError, InputError, PoolingError
+from llamacrab.errors import ClosedError, DeviceError, InputError, PoolingError
 from llamacrab.models.default import resolve
 from llamacrab.options import EmbedKeywords, EmbedOptions, merge
 from llamacrab.requests.embedding import EmbedPipeline, EmbedRequest
 from llamacrab.requests.pair_template import Pairs, PairTemplate
 from llamacrab.requests.prompts import prompts_of
 from llamacrab.requests.reranking import RerankRequest, Scoring, warn_of_wrong_scores
+from llamacrab.requests.texts import as_iterator, as_list, as_pairs, is_one
 from llamacrab.tuning import Layout
 
 if TYPE_CHECKING:
@@ -26,12 +31,14 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
     from typing import TypeAlias
 
-    from typing_extensions import Unpack
+    from typing_extensions import Self, Unpack
 
     from llamacrab.options import Truncate
     from llamacrab.requests.reranking import Activation, RerankResult
 
     Text: TypeAlias = str | Sequence[int] | np.ndarray
+
+_logger = logging.getLogger("llamacrab")
 
 # Pipelines that are kept, one for every set of options in use.
 PIPELINES_MAX = 64
@@ -156,6 +163,11 @@ class Llama:
         deterministic: bool = False,
         on_pack: Callable[[dict[str, Any]], Any] | None = None,
     ) -> None:
+        # What pickle makes it of again.
+        self._given = {
+            name: value for name, value in locals().items() if name not in ("self", "path")
+        }
+        self._path = None if path is None else Path(path).absolute()
         if isinstance(devices, str) or (devices is not None and not devices):
             raise DeviceError(f"devices must be a list of names, such as ['CPU'], not {devices!r}")
         self._engine = Engine(
@@ -188,6 +200,13 @@ class Llama:
         log_doubts(self.model, self.pooling_type, self._engine.n_ctx_wanted)
         if self.pooling_type == PoolingType.RANK:
             warn_of_wrong_scores(self.model)
+        _logger.info(
+            "%s: %s, cpu_backend=%s, %s",
+            repr(self),  # now: a record may be formatted when it is closed
+            self.model.desc,
+            self.model.cpu_backend,
+            ", ".join(map(str, self.layouts)),
+        )
 
     @property
     def layouts(self) -> list[Layout]:
@@ -212,6 +231,27 @@ class Llama:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle its file and arguments: the process that unpickles it loads the model itself."""
+        if self.model.closed:
+            raise ClosedError("the Llama is closed: pickle it before, or pass its path")
+        on_pack = self._given["on_pack"]
+        try:
+            pickle.dumps(on_pack)
+        except Exception as error:
+            raise InputError(
+                f"this Llama cannot be pickled, as on_pack={on_pack!r} cannot be "
+                f"({error}): use a function of a module, or make the Llama in the other process"
+            ) from error
+        return functools.partial(type(self), **self._given), (self._path,)
+
+    def __copy__(self) -> Self:
+        """Return itself: one model serves all who use it."""
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Self:
+        return self
 
     def __repr__(self) -> str:
         if self.model.closed:
@@ -292,7 +332,8 @@ class Llama:
         Parameters
         ----------
         texts : iterable of str or of sequences of int
-            Texts, or token ids, to which no special token is added.
+            Texts, or token ids, to which no special token is added: a list, a flat array of
+            numpy or Arrow, a Series, a generator. See docs/embed.md for what is refused.
         options : EmbedOptions, optional
             How; by default ``EmbedOptions()``.
         dedup : bool
@@ -313,8 +354,8 @@ class Llama:
         Raises
         ------
         InputError
-            A text is too long, has no tokens, or is of a wrong type; the message has its index. Or
-            an option makes no sense for this model.
+            A text is too long, has no tokens, is missing, or is of a wrong type; ``index`` tells
+            which. Or `texts` holds no texts, or an option makes no sense for this model.
         PoolingError
             The model is a reranker.
         DecodeError, NumericalError, AllocationError, LlamaTimeoutError, ClosedError
@@ -327,7 +368,7 @@ class Llama:
         bool for each text that tells whether its row is there.
         """
         pipeline = self._pipeline(merge(options, changes))
-        request = EmbedRequest(pipeline, _as_list(texts, "embed_texts"), dedup=dedup)
+        request = EmbedRequest(pipeline, as_list(texts, "embed_texts"), dedup=dedup)
         return cast("np.ndarray", self._engine.run(request, timeout=timeout, progress=progress))
 
     def embed_query(
@@ -359,6 +400,7 @@ class Llama:
 
         A model whose prompts are not known (`prompts`) gets none.
         """
+        texts = as_list(texts, "embed_documents")
         options = self._with_prompt("document", merge(options, changes))
         return self.embed_texts(
             texts, options=options, dedup=dedup, progress=progress, timeout=timeout
@@ -424,15 +466,14 @@ class Llama:
         """
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, not {batch_size}")
-        if isinstance(texts, (str, bytes)):
-            raise InputError("embed_iter takes an iterable of texts; for one text use embed()")
         # What cannot work fails here, not at the first block.
         pipeline = self._pipeline(merge(options, changes))
-        return self._engine.stream(_requests(pipeline, iter(texts), batch_size, dedup=dedup))
+        stream = as_iterator(texts, "embed_iter")
+        return self._engine.stream(_requests(pipeline, stream, batch_size, dedup=dedup))
 
     def submit(
         self,
-        texts: Text | Sequence[Text],
+        texts: Text | Iterable[Text],
         *,
         options: EmbedOptions | None = None,
         dedup: bool = True,
@@ -443,8 +484,8 @@ class Llama:
 
         Parameters
         ----------
-        texts : str, sequence of int, or list of them
-            One text gives what `embed` returns, a list of texts what `embed_texts` returns.
+        texts : str, sequence of int, or iterable of them
+            One text gives what `embed` returns, several what `embed_texts` returns.
         options, dedup, **changes
             As for `embed_texts`.
         block : bool
@@ -461,10 +502,8 @@ class Llama:
         QueueFull
             The queue is full and `block` is false.
         """
-        single = not isinstance(texts, list) or bool(
-            texts and isinstance(texts[0], (int, np.integer))
-        )
-        batch = cast("list[Text]", [texts] if single else texts)
+        single = is_one(texts, "submit")
+        batch = [texts] if single else as_list(texts, "submit")
         pipeline = self._pipeline(merge(options, changes))
         request = EmbedRequest(pipeline, batch, single=single, dedup=dedup)
         return self._engine.submit(request, block=block)
@@ -489,7 +528,7 @@ class Llama:
         Cancelling the task drops what waits and does not disturb other callers.
         """
         pipeline = self._pipeline(merge(options, changes))
-        request = EmbedRequest(pipeline, _as_list(texts, "aembed_texts"), dedup=dedup)
+        request = EmbedRequest(pipeline, as_list(texts, "aembed_texts"), dedup=dedup)
         return cast("np.ndarray", await self._engine.arun(request))
 
     async def aembed_query(
@@ -507,6 +546,7 @@ class Llama:
         **changes: Unpack[EmbedKeywords],
     ) -> np.ndarray:
         """Await the vectors of documents; see `embed_documents`."""
+        texts = as_list(texts, "aembed_documents")
         options = self._with_prompt("document", merge(options, changes))
         return await self.aembed_texts(texts, options=options, dedup=dedup)
 
@@ -608,7 +648,7 @@ class Llama:
             An argument is wrong, or means nothing for this head: the softmax over one output, an
             order of documents by several classes.
         """
-        documents = _as_list(documents, "rerank")
+        documents = as_list(documents, "rerank")
         request = self._rerank_request(
             query, documents, truncate, activation, top_k, return_documents
         )
@@ -639,7 +679,7 @@ class Llama:
         concurrent.futures.Future
             Cancelling it works as for `submit`.
         """
-        documents = _as_list(documents, "submit_rerank")
+        documents = as_list(documents, "submit_rerank")
         request = self._rerank_request(
             query, documents, truncate, activation, top_k, return_documents
         )
@@ -669,7 +709,7 @@ class Llama:
         ndarray of float32, shape (n_pairs,)
             Scores in the order of the pairs; with several classes shape (n_pairs, n_cls_out).
         """
-        request = self._pairs_request(_as_list(pairs, "rerank_pairs"), activation, truncate)
+        request = self._pairs_request(as_pairs(pairs, "rerank_pairs"), activation, truncate)
         return cast("np.ndarray", self._engine.run(request, timeout=timeout))
 
     @overload
@@ -719,7 +759,7 @@ class Llama:
         truncate: Truncate = False,
     ) -> np.ndarray | list[RerankResult]:
         """Await how well each document answers the query; see `rerank`."""
-        documents = _as_list(documents, "arerank")
+        documents = as_list(documents, "arerank")
         request = self._rerank_request(
             query, documents, truncate, activation, top_k, return_documents
         )
@@ -733,7 +773,7 @@ class Llama:
         truncate: Truncate = False,
     ) -> np.ndarray:
         """Await how well the document of each pair answers its query; see `rerank_pairs`."""
-        request = self._pairs_request(_as_list(pairs, "arerank_pairs"), activation, truncate)
+        request = self._pairs_request(as_pairs(pairs, "arerank_pairs"), activation, truncate)
         return cast("np.ndarray", await self._engine.arun(request))
 
     # ------------------------------------------------------------------------------- the rest
@@ -769,7 +809,12 @@ class Llama:
         pipeline = self._pipelines.get(options.key)
         if pipeline is None or pipeline.options.ranges is not options.ranges:
             pipeline = EmbedPipeline(
-                options, self.model, self.pooling_type, self.n_ctx, self.prompts
+                options,
+                self.model,
+                self.pooling_type,
+                self.n_ctx,
+                self.prompts,
+                self._engine.larger,
             )
             if len(self._pipelines) < PIPELINES_MAX:
                 self._pipelines[options.key] = pipeline
@@ -804,7 +849,9 @@ class Llama:
             activation, documents=documents, top_k=top_k, return_documents=return_documents
         )
         template = PairTemplate(self.model, query)
-        tokenization = template.tokenization(limit=self.n_ctx, truncate=truncate)
+        tokenization = template.tokenization(
+            limit=self.n_ctx, truncate=truncate, larger=self._engine.larger
+        )
         return RerankRequest(tokenization, documents, scoring)
 
     def _pairs_request(
@@ -812,7 +859,13 @@ class Llama:
     ) -> RerankRequest:
         return RerankRequest(
             Encoder(self.model.vocab, limit=self.n_ctx),
-            Pairs(self.model, pairs, limit=self.n_ctx, truncate=truncate),
+            Pairs(
+                self.model,
+                pairs,
+                limit=self.n_ctx,
+                truncate=truncate,
+                larger=self._engine.larger,
+            ),
             self._scoring(activation),
         )
 
@@ -826,9 +879,3 @@ def _requests(
         if not block:
             return
         yield EmbedRequest(pipeline, block, dedup=dedup, first=first)
-
-
-def _as_list(texts: Iterable[Any], name: str) -> list[Any]:
-    if isinstance(texts, (str, bytes)):
-        raise InputError(f"{name} takes a list of texts, not one text")
-    return texts if isinstance(texts, list) else list(texts)

@@ -28,7 +28,9 @@ MAY_IMPORT = {
     "llama": {
         "errors", "_core", "options", "requests", "models", "tuning", "_engine", "_diagnostics",
     },
-    "corpus": {"errors", "_core", "_support", "options", "similarity", "llama", "tuning"},
+    "corpus": {
+        "errors", "_core", "_support", "options", "similarity", "requests", "tuning", "llama",
+    },
     "integrations": {"errors", "_support", "options", "llama"},
     "bench": {"errors", "_core", "_support", "options", "tuning", "_engine", "llama"},
     "cli": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -25,11 +26,6 @@ def test_a_missing_file_is_a_file_not_found_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="no model file at") as info:
         Llama(tmp_path / "none.gguf")
     assert isinstance(info.value, errors.ModelNotFoundError)
-
-
-def test_a_folder_is_a_model_error(tmp_path):
-    with pytest.raises(errors.ModelError, match="cannot read"):
-        Llama(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"GG", b"not a model", b"\x00" * 100])
@@ -260,6 +256,79 @@ def test_a_text_that_is_too_long_says_how_long_and_what_fits(load, name):
     assert (error.n_tokens, error.limit, error.index) == (n_tokens, llama.n_ctx, 1)
 
 
+CUT = "pass truncate=True to cut it"
+CUT_DOCUMENT = "pass truncate=True to cut the document"
+LARGER = ", or make the Llama with a larger n_ctx, up to 128"
+WINDOWS = ", or chunk=True to average over windows of it"
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "advice"),
+    [
+        ("tiny-bert", {}, CUT + WINDOWS),  # it has no more positions
+        ("tiny-bert", {"n_ctx": 32}, CUT + WINDOWS + LARGER),
+        ("tiny-bert", {"n_ubatch": 32}, CUT + WINDOWS + ", or make the Llama with n_ubatch=128"),
+        ("tiny-bert", {"pooling_type": PoolingType.NONE}, CUT),
+        ("tiny-nomic", {}, CUT + WINDOWS),  # it has others, but was trained on no more
+        ("tiny-bert-rank", {}, CUT_DOCUMENT),
+        ("tiny-bert-rank", {"n_ctx": 32}, CUT_DOCUMENT + LARGER),
+    ],
+)
+def test_a_text_that_is_too_long_gets_advice_that_this_model_can_follow(name, how, advice):
+    with Llama(gguf_path(name), **how) as llama:
+        call = partial(llama.rerank, "query") if "rank" in name else llama.embed_texts
+        with pytest.raises(errors.TextTooLongError, match=f"fit: {re.escape(advice)}$"):
+            call([" ".join(TEXTS * 20)])
+        if "rank" not in name:
+            with pytest.raises(errors.TextTooLongError, match=f"fit: {re.escape(advice)}$"):
+                call([[7] * 10_000])
+
+
+@pytest.mark.parametrize("path", ["intfloat/e5-small", "nomic-ai/nomic-embed-text-v1.5"])
+def test_a_name_on_hugging_face_is_no_path_and_names_convert(path):
+    with pytest.raises(
+        errors.ModelNotFoundError, match=f"no model file at {path}: .* `llamacrab con"
+    ):
+        Llama(path)
+
+
+@pytest.mark.parametrize("path", ["missing.gguf", "models/missing.gguf", "a/b/c", "missing"])
+def test_a_path_with_nothing_there_says_no_more(path):
+    with pytest.raises(errors.ModelNotFoundError, match=f"no model file at {path}$"):
+        Llama(path)
+
+
+def test_a_folder_names_what_to_do_with_what_it_holds(tmp_path):
+    with pytest.raises(errors.ModelError, match=r"is a folder: pass the path of a GGUF file$"):
+        Llama(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(
+        errors.ModelError, match=r"is a folder: .*`llamacrab convert .* -o model\.gguf`"
+    ):
+        Model(tmp_path)
+    (tmp_path / "b.gguf").touch()
+    (tmp_path / "a.gguf").touch()
+    with pytest.raises(errors.ModelError, match=r"is a folder: pass .*a\.gguf, the first of its 2"):
+        Model(tmp_path)
+
+
+def test_weights_of_hugging_face_name_convert(tmp_path):
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
+    with pytest.raises(errors.ModelFormatError, match=r"not a GGUF.*`llamacrab convert"):
+        Model(weights)
+
+
+def test_a_query_without_room_is_to_be_shortened():
+    with (
+        Llama(gguf_path("tiny-bert-rank")) as llama,
+        pytest.raises(
+            errors.ContextError, match=r"stands around it: shorten the prompt or the query$"
+        ),
+    ):
+        llama.rerank("crab " * 500, ["document"], truncate=True)
+
+
 @pytest.mark.parametrize("name", EMBEDDERS)
 def test_a_cut_text_keeps_its_closing_tokens(load, name):
     llama = load(name)
@@ -293,7 +362,7 @@ def test_ids_outside_the_vocabulary_are_an_input_error_that_names_the_text(load,
         load("tiny-bert").embed_texts(["a", [604], ids])
 
 
-@pytest.mark.parametrize("wrong", [None, 7, b"bytes", memoryview(b"bytes"), iter("ab")])
+@pytest.mark.parametrize("wrong", [7, b"bytes", memoryview(b"bytes"), iter("ab")])
 def test_what_is_no_text_is_named(load, wrong):
     with pytest.raises(errors.InputError, match=f"text 1 is {type(wrong).__name__}, not str"):
         load("tiny-bert").embed_texts(["a crab", wrong])

@@ -45,17 +45,51 @@ except LlamaError:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize(("level", "expected"), [("INFO", True), ("ERROR", False)])
+@pytest.mark.parametrize(("level", "expected"), [("DEBUG", True), ("INFO", False)])
 def test_lines_show_at_the_level_that_is_asked_for(caplog, level, expected):
-    with caplog.at_level(level, logger="llamacrab"), Llama(gguf_path("tiny-bert")):
+    with caplog.at_level(level, logger="llamacrab"), Model(gguf_path("tiny-bert")):
         pass
     lines = [record for record in caplog.records if record.name == "llamacrab"]
     assert bool(lines) == expected
     assert not any(record.getMessage().endswith("\n") for record in lines)
 
 
+def test_info_is_one_line_for_a_model(caplog):
+    with caplog.at_level("INFO", logger="llamacrab"), Llama(gguf_path("tiny-bert")) as llama:
+        llama.embed("a crab")
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert repr(llama.layout) in line
+    assert "pooling_type=MEAN n_embd=32 n_ctx=128" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("tiny-bert", "special_eos_id is not in special_eog_ids"),
+        ("tiny-xlmr", "model vocab missing newline token"),
+        ("tiny-gemma2", "using full-size SWA cache"),
+    ],
+)
+def test_what_llama_cpp_doubts_about_generating_is_no_warning(caplog, name, said):
+    with caplog.at_level("DEBUG", logger="llamacrab"), Llama(gguf_path(name)):
+        pass
+    (level,) = {record.levelname for record in caplog.records if said in record.getMessage()}
+    assert level == "DEBUG"
+    caplog.clear()
+    with caplog.at_level("WARNING", logger="llamacrab"), Llama(gguf_path(name)):
+        pass
+    assert not caplog.records
+
+
+def test_a_warning_about_the_vocabulary_stays_one(caplog):
+    with caplog.at_level("WARNING", logger="llamacrab"), Model(gguf_path("tiny-jina-v3")):
+        pass
+    (record,) = caplog.records
+    assert (record.levelname, "Mask token is missing" in record.getMessage()) == ("WARNING", True)
+
+
 def test_lines_come_from_any_thread(caplog):
-    with caplog.at_level(logging.INFO, logger="llamacrab"):
+    with caplog.at_level(logging.DEBUG, logger="llamacrab"):
         thread = threading.Thread(target=lambda: Model(gguf_path("tiny-bert")).close())
         thread.start()
         thread.join()
@@ -77,7 +111,8 @@ def test_a_handler_that_raises_does_no_harm(kind):
         def emit(self, record):
             raise kind("broken handler")
 
-    with handled_by(Broken(level=logging.DEBUG)), Llama(gguf_path("tiny-bert")) as llama:
+    with Llama(gguf_path("tiny-bert")) as llama, handled_by(Broken(level=logging.DEBUG)):
+        Model(gguf_path("tiny-bert")).close()  # from now on lines of the workers come too
         assert llama.embed("a crab").shape == (32,)
 
 
@@ -105,7 +140,7 @@ class Pressed(logging.Handler):
 pressed = Pressed()
 logger = logging.getLogger("llamacrab")
 logger.addHandler(pressed)
-logger.setLevel(logging.INFO)
+logger.setLevel(logging.DEBUG)
 try:
     Model(sys.argv[1])
 except KeyboardInterrupt:
@@ -126,7 +161,7 @@ def test_a_handler_may_use_llamacrab_itself():
                 with Model(gguf_path("tiny-bert")) as model:
                     model.vocab.tokenize("a crab")
 
-    with handled_by(Nested(level=logging.INFO)), Llama(gguf_path("tiny-bert")) as llama:
+    with handled_by(Nested(level=logging.DEBUG)), Llama(gguf_path("tiny-bert")) as llama:
         assert llama.embed("a crab").shape == (32,)
     assert len(depth) == 3
 

@@ -8,7 +8,7 @@ import unicodedata
 import numpy as np
 import pytest
 from gguf import GGUFValueType
-from helpers import EMBEDDERS, TEXTS, cosines, gguf_path, golden, ragged, rewrite_gguf
+from helpers import EMBEDDERS, FAMILIES, TEXTS, cosines, gguf_path, golden, ragged, rewrite_gguf
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -166,6 +166,38 @@ def test_a_prompt_is_put_before_every_text_and_never_cut(load):
         llama.embed("x", prompt="a", prompt_name="b")
 
 
+@pytest.mark.parametrize("chunk", [False, True])
+@pytest.mark.parametrize("name", ["tiny-bert", "tiny-xlmr", "tiny-qwen3", "tiny-gemma2"])
+def test_special_tokens_in_a_prompt_are_read_and_in_a_text_are_not(load, name, chunk):
+    llama = load(name)
+    vocab = llama.model.vocab
+    special = next(token for token in range(len(vocab)) if vocab.is_control(token))
+    spelled = vocab.token_to_piece(special).decode()
+    prompt = f"{spelled}find: {spelled}"
+    text = f"a crab {spelled}"
+    plain = vocab.tokenize(text, add_special=False)
+    assert special not in plain
+    lead = vocab.tokenize(prompt, add_special=False, parse_special=True)
+    assert (lead == special).sum() == 2
+    want = llama.embed([*vocab.prefix, *lead, *plain, *vocab.suffix])
+    got = llama.embed(text, prompt=prompt, chunk=chunk)
+    assert cosines(got, want) > 0.9999
+    touching = llama.embed("crab", prompt=f"{spelled}find: the ", chunk=chunk)
+    ids = vocab.tokenize("find: the crab", add_special=False)
+    want = llama.embed([*vocab.prefix, special, *ids, *vocab.suffix])
+    assert cosines(touching, want) > 0.9999
+
+
+def test_places_of_tokens_are_those_in_the_text_after_a_prompt_with_special_tokens(load):
+    llama = load("tiny-bert", PoolingType.NONE)
+    found = llama.embed_tokens("the sea", prompt="[SEP] find: ")
+    bare = llama.embed_tokens("the sea")
+    n = len(bare.ids) - 1  # without CLS
+    np.testing.assert_array_equal(found.ids[-n:], bare.ids[-n:])
+    np.testing.assert_array_equal(found.offsets[-n:], bare.offsets[-n:])
+    assert not found.offsets[:-n].any()
+
+
 def named(tmp_path, name, **fields):
     values = {"general.name": name, **fields}
     return rewrite_gguf(
@@ -214,10 +246,18 @@ def test_prompts_of_the_gguf_win_over_those_of_its_family(tmp_path):
         ("Snowflake Arctic Embed L v2.0", "query: ", ""),
         ("embeddinggemma-300m", "task: search result | query: ", "title: none | text: "),
         ("mxbai-embed-large-v1", "Represent this sentence", ""),
+        ("Modernbert Embed Base", "search_query: ", "search_document: "),
+        ("bge-multilingual-gemma2", "<instruct>Given a web search query", ""),
+        ("Bge Reranker v2.5 Gemma2 Lightweight", None, None),
+        ("jina-embeddings-v3", "Represent the query for", "Represent the document for retrieval: "),
+        ("jina-embeddings-v2-base-en", None, None),
     ],
 )
 def test_families_are_known_by_the_name_in_their_metadata(name, query, document):
     prompts = prompts_of({"general.name": name})
+    if query is None:
+        assert prompts == {}
+        return
     assert prompts["query"].startswith(query)
     assert bool(prompts["query"]) == bool(query)
     assert prompts["document"] == document
@@ -266,6 +306,23 @@ def test_chunks_are_embedded_and_averaged_by_their_tokens(load):
         llama.embed(long, chunk=10, chunk_overlap=9)
     with pytest.raises(TextTooLongError):
         llama.embed(long)
+
+
+@pytest.mark.parametrize("end", [True, False])
+@pytest.mark.parametrize("start", [True, False])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_windows_need_no_special_tokens(load, name, start, end):
+    llama = load(name)
+    vocab = llama.model.vocab
+    head, tail = vocab.prefix if start else (), vocab.suffix if end else ()
+    long = " ".join(TEXTS[:12])
+    ids = vocab.tokenize(long, add_special=False)
+    windows = bounds(len(ids), 40 - len(head) - len(tail), 0)
+    assert len(windows) > 2
+    rows = llama.embed_texts([[*head, *ids[a:b], *tail] for a, b in windows], normalize=False)
+    want = np.average(rows, axis=0, weights=[b - a for a, b in windows])
+    got = llama.embed(long, chunk=40, start_token=start, end_token=end)
+    assert cosines(got, want) > 0.9999
 
 
 def test_a_failure_in_a_window_names_its_text_and_keeps_the_others(load):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from helpers import TEXTS, check_python, gguf_path
 
-pytest.importorskip("ray", reason="the extra `ray` is not installed")
+from llamacrab import errors
+from llamacrab.integrations.ray import Embedder
 
 # In a process of its own: Ray leaves processes and warnings behind.
 SCRIPT = """
@@ -31,7 +32,41 @@ ray.shutdown()
 """
 
 
+@pytest.fixture(scope="module")
+def embedder():
+    made = Embedder(gguf_path("tiny-bert"), text="body", n_contexts=1, n_threads=1)
+    yield made
+    made._llama.close()
+
+
+@pytest.mark.parametrize("kind", [object, str])
+def test_a_batch_comes_back_with_a_column_of_vectors(embedder, load, kind):
+    batch = {"id": np.arange(3), "body": np.array(TEXTS[:3], dtype=kind)}
+    done = embedder(batch)
+    assert list(done) == ["id", "body", "embedding"]
+    expected = load("tiny-bert").embed_texts(TEXTS[:3])
+    np.testing.assert_allclose(done["embedding"], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("null", [None, float("nan")])
+def test_mnf_48_a_null_is_refused_and_not_embedded_by_its_name(embedder, null):
+    with pytest.raises(errors.InputError, match="text 1 is missing"):
+        embedder({"body": np.array(["a crab", null], dtype=object)})
+
+
+@pytest.mark.parametrize("column", [np.arange(2), np.array([1.5, np.nan]), np.array([b"a"])])
+def test_a_column_that_holds_no_texts_is_refused(embedder, column):
+    with pytest.raises(errors.InputError, match=r"text 0 is (int|float|bytes), not str"):
+        embedder({"body": column})
+
+
+def test_a_column_that_is_not_there_is_named_with_those_that_are(embedder):
+    with pytest.raises(errors.InputError, match=r"no column 'body' .* its columns are id, text"):
+        embedder({"id": np.arange(1), "text": np.array(["a crab"])})
+
+
 def test_two_workers_give_the_rows_of_one_process(tmp_path, load):
+    pytest.importorskip("ray", reason="the extra `ray` is not installed")
     import pyarrow as pa
     import pyarrow.parquet
 

@@ -23,6 +23,7 @@ import _thread
 import atexit
 import concurrent.futures
 import enum
+import functools
 import logging
 import os
 import threading

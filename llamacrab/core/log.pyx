@@ -4,9 +4,10 @@ _logger = logging.getLogger("llamacrab")
 # Quiet by default: lines show only where the application has set up logging.
 _logger.addHandler(logging.NullHandler())
 
+# llama.cpp's INFO is over a hundred lines for each model: what it read, tensor by tensor.
 _LOG_LEVELS = {
     c.GGML_LOG_LEVEL_DEBUG: logging.DEBUG,
-    c.GGML_LOG_LEVEL_INFO: logging.INFO,
+    c.GGML_LOG_LEVEL_INFO: logging.DEBUG,
     c.GGML_LOG_LEVEL_WARN: logging.WARNING,
     c.GGML_LOG_LEVEL_ERROR: logging.ERROR,
 }

@@ -86,6 +86,7 @@ cdef class Model:
     cdef readonly str path
     cdef readonly object device  #: as given: the name of a device, or None
     cdef dict _metadata
+    cdef object _made  # what pickle makes it of again
     cdef frozenset _head_tensors
     cdef readonly str cpu_backend  #: "ggml", "llamacrab" or "int8"
 
@@ -93,6 +94,10 @@ cdef class Model:
                  device=None, bint use_mmap=True, bint use_mlock=False, bint check_tensors=False,
                  cpu_backend="auto"):
         self.path = os.fspath(path)
+        self._made = functools.partial(
+            type(self), os.path.abspath(self.path), n_gpu_layers=n_gpu_layers, main_gpu=main_gpu,
+            split_mode=split_mode, device=device, use_mmap=use_mmap, use_mlock=use_mlock,
+            check_tensors=check_tensors, cpu_backend=cpu_backend)
         sync_log_level()
         self._head_tensors, suits = _read_header(self.path)
         cdef c.llama_model_params params = c.llama_model_default_params()
@@ -168,6 +173,18 @@ cdef class Model:
 
     def __exit__(self, *exc_info):
         self.close()
+
+    def __reduce__(self):
+        """Pickle its file and arguments: the process that unpickles it loads it itself."""
+        self.handle()
+        return self._made, ()
+
+    def __copy__(self):
+        """Return itself: one model serves all who use it."""
+        return self
+
+    def __deepcopy__(self, memo):
+        return self
 
     def __repr__(self):
         return f"<Model {self.path!r}{' (closed)' if self.closed else ''}>"
@@ -300,6 +317,30 @@ cdef str _meta_string(_ModelHandle handle, int32_t i, bint value):
     return (<bytes>text).decode("utf-8", "replace")
 
 
+_CONVERT = "`llamacrab convert {} -o model.gguf` makes a GGUF of a model from Hugging Face"
+
+
+cdef str _if_on_a_hub(str path):
+    """Return what to do with a name such as "owner/model", empty for what looks like a path."""
+    owner, _, name = path.partition("/")
+    if not owner or not name or "/" in name or os.path.isdir(owner) or name.endswith(".gguf"):
+        return ""
+    return (
+        ": nothing is downloaded by name. Download its GGUF, or its folder: "
+        + _CONVERT.format("FOLDER")
+    )
+
+
+cdef str _in_folder(str path):
+    """Return what to do with a folder that is given as a model."""
+    files = sorted(os.listdir(path))
+    ggufs = [name for name in files if name.endswith(".gguf")]
+    if ggufs:
+        first = os.path.join(path, ggufs[0])
+        return f"pass {first}" + (f", the first of its {len(ggufs)} files" if ggufs[1:] else "")
+    return _CONVERT.format(path) if "config.json" in files else "pass the path of a GGUF file"
+
+
 cdef tuple _read_header(str path):
     """Return the tensors that shape how a model may be used, and whether our kernels suit it.
 
@@ -310,11 +351,17 @@ cdef tuple _read_header(str path):
         with open(path, "rb") as file:
             magic = file.read(4)
     except FileNotFoundError:
-        raise ModelNotFoundError(f"no model file at {path}") from None
+        raise ModelNotFoundError(f"no model file at {path}{_if_on_a_hub(path)}") from None
     except (OSError, ValueError) as error:
+        if os.path.isdir(path):  # on Windows this is a PermissionError
+            raise ModelError(f"{path} is a folder: {_in_folder(path)}") from None
         raise ModelError(f"cannot read {path}: {error}") from None
     if magic != b"GGUF":
-        raise ModelFormatError(f"{path} is not a GGUF: it starts with {magic!r}, not b'GGUF'")
+        advice = f". {_CONVERT.format(os.path.dirname(path) or '.')}"
+        raise ModelFormatError(
+            f"{path} is not a GGUF: it starts with {magic!r}, not b'GGUF'"
+            + advice * path.endswith((".safetensors", ".bin"))
+        )
     cdef c.gguf_init_params params
     params.no_alloc = True
     cdef bytes name = os.fsencode(path)

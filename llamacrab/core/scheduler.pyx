@@ -405,7 +405,7 @@ cdef class Job:
                 data = <const char *>&ids[0]
                 size = ids.shape[0] * sizeof(int32_t)
             else:
-                self._encoder.vocab.check_text(text)
+                text = self._encoder.vocab.checked(text)
                 if PyUnicode_IS_ASCII(text):
                     data = PyUnicode_AsUTF8AndSize(text, &size)
                 else:

@@ -40,19 +40,26 @@ cdef class Encoder:
         Added to ids below it between prefix and suffix: `Vocab.segment_b_offset` for a document.
     text_only : bool
         Refuse token ids, around which nothing of this can be put.
+    advice, larger : str
+        What helps against a text that is too long, for error messages: what to pass to the call,
+        and how to make `limit` larger, empty where it cannot be.
     """
 
     cdef native.encoding _native
     cdef native.token_vector _common  # ids that nearly every text begins with
     cdef bint _text_only
+    cdef str _advice, _larger
     cdef readonly Vocab vocab
 
     def __init__(self, Vocab vocab not None, *, int limit, truncate=False,
-                 bint parse_special=False, prefix=None, suffix=None, str lead="", str trail="",
-                 int shift=0, bint text_only=False):
+                 bint parse_special=False, prefix=None, suffix=None, lead="", trail="",
+                 int shift=0, bint text_only=False, str advice="pass truncate=True to cut it",
+                 str larger=""):
         cdef int side = _truncate_side(truncate)
         self.vocab = vocab
         self._text_only = text_only
+        self._advice = f"{advice}, or {larger}" if larger else advice
+        self._larger = f", or {larger}" if larger else ""
         self._native.vocab = vocab._ptr
         self._native.limit = limit
         self._native.shift = shift
@@ -61,8 +68,8 @@ cdef class Encoder:
         self._native.decompose = vocab._decompose
         _append(self._native.prefix, vocab, vocab.prefix if prefix is None else prefix)
         _append(self._native.suffix, vocab, vocab.suffix if suffix is None else suffix)
-        self._native.lead = _utf8(lead)
-        self._native.trail = _utf8(trail)
+        self._native.lead = _utf8(_exact(lead))
+        self._native.trail = _utf8(_exact(trail))
         self._common = self._native.common()
 
     def encode(self, text, int64_t index=0):
@@ -88,8 +95,7 @@ cdef class Encoder:
         """
         if not isinstance(text, str):
             return self.encode_ids(text, index)
-        self.vocab.check_text(text)
-        cdef bytes data = _utf8(text)
+        cdef bytes data = _utf8(self.vocab.checked(text))
         cdef native.string_view view = native.string_view(data, len(data))
         cdef native.token_vector ids
         cdef int64_t n_tokens = 0
@@ -104,23 +110,23 @@ cdef class Encoder:
         """Check ids that the user gave, and cut them as a text would be cut."""
         if (self._text_only or isinstance(ids, (bytes, bytearray, memoryview))
                 or not hasattr(ids, "__len__")):
-            or_ids = "" if self._text_only else " or a sequence of token ids"
-            raise _about(
-                index, InputError(f"text {index} is {type(ids).__name__}, not str{or_ids}"))
+            raise _wrong(index, _no_text(ids, index, self._text_only))
         cdef const int32_t[::1] view
         try:
             array = as_token_ids(ids)
             view = array
             self.vocab.check_ids(view)
         except InputError as error:
-            raise _about(index, InputError(f"text {index}: {error}")) from None
+            if _holds_str(ids):
+                raise _wrong(index, _no_text(ids, index, False)) from None
+            raise _wrong(index, f"text {index}: {error}") from None
         if len(array) == 0:
-            raise _about(index, EmptyInputError(f"text {index} has no tokens"))
+            raise _wrong(index, f"text {index} has no tokens", EmptyInputError)
         cdef int64_t limit = self._native.limit
         if len(array) <= limit:
             return array
         if self._native.truncate == native.truncate_side.none:
-            raise TextTooLongError(len(array), limit, index)
+            raise TextTooLongError(len(array), limit, index, self._advice)
         # Ids that begin and end with the special tokens keep them through a cut, as a text does.
         prefix, suffix = self.vocab.prefix, self.vocab.suffix
         cdef Py_ssize_t n_before = len(prefix), n_after = len(suffix)
@@ -138,21 +144,50 @@ cdef class Encoder:
 
     cdef object error(self, native.encode_status status, int64_t n_tokens, int64_t index):
         if status == native.encode_status.too_long:
-            return TextTooLongError(n_tokens, self._native.limit, index)
+            return TextTooLongError(n_tokens, self._native.limit, index, self._advice)
         if status == native.encode_status.empty:
-            return _about(index, EmptyInputError(f"text {index} has no tokens"))
+            return _wrong(index, f"text {index} has no tokens", EmptyInputError)
         if status == native.encode_status.no_room:
-            return _about(index, ContextError(
-                f"text {index}: of {self._native.limit} tokens none is left for the text beside "
-                "what stands around it: make n_ctx larger"
-            ))
-        return _about(index, InputError(f"text {index}: {_UNSPLITTABLE}"))
+            return _wrong(
+                index,
+                f"text {index}: of {self._native.limit} tokens none is left for the text, after "
+                f"what stands around it: shorten the prompt or the query{self._larger}",
+                ContextError,
+            )
+        return _wrong(index, f"text {index}: {_UNSPLITTABLE}")
 
 
-cdef object _about(int64_t index, error):
-    """Return an error that says which text of the call it is about."""
+cdef object _wrong(int64_t index, str message, kind=InputError):
+    """Return the error of one text of a call."""
+    error = kind(message)
     error.index = index
     return error
+
+
+cdef str _no_text(value, int64_t index, bint text_only):
+    """Return what is wrong with what is no text, and what to pass instead."""
+    kind = type(value).__name__
+    if value is None or kind in ("NAType", "NaTType") or _is_nan(value):
+        return f"text {index} is missing ({value}): leave it out, or pass a text in its place"
+    if _holds_str(value):
+        return (
+            f"text {index} is {kind}, not str: embed_texts and rerank take several texts, in one "
+            "flat list"
+        )
+    or_ids = "" if text_only else " or a sequence of token ids"
+    return f"text {index} is {kind}, not str{or_ids}"
+
+
+cdef bint _is_nan(value):
+    return isinstance(value, (float, np.floating)) and value != value
+
+
+cdef bint _holds_str(value):
+    """Return whether `value` holds texts; an iterator is not asked, as that would change it."""
+    return (
+        hasattr(value, "__len__") and getattr(value, "ndim", 1) and len(value) > 0
+        and isinstance(next(iter(value)), str)
+    )
 
 
 cdef int _truncate_side(truncate) except -1:

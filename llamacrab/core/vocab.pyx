@@ -23,6 +23,15 @@ _UNSPLITTABLE = (
 )
 
 
+cdef str _exact(text):
+    """Return a text of a subclass of str, such as numpy's, as the plain str that it is."""
+    if type(text) is str:
+        return text
+    if not isinstance(text, str):
+        raise TypeError(f"a text must be str, not {type(text).__name__}")
+    return str.__str__(text)  # str() would ask the subclass
+
+
 cdef bytes _utf8(str text):
     """Encode `text`; a lone surrogate, which UTF-8 cannot hold, becomes U+FFFD."""
     try:
@@ -140,7 +149,7 @@ cdef class Vocab:
     def __len__(self):
         return self.n_tokens
 
-    def tokenize(self, str text not None, *, bint add_special=True, bint parse_special=False):
+    def tokenize(self, text, *, bint add_special=True, bint parse_special=False):
         """Split `text` into token ids.
 
         Parameters
@@ -156,8 +165,7 @@ cdef class Vocab:
         -------
         ndarray of int32, shape (n,)
         """
-        self.check_text(text)
-        cdef bytes data = _utf8(text)
+        cdef bytes data = _utf8(self.checked(text))
         cdef native.string_view view = native.string_view(data, len(data))
         cdef native.token_vector ids
         cdef cbool done
@@ -179,13 +187,14 @@ cdef class Vocab:
             raise UnsupportedModelError("this GGUF has no vocabulary: pass token ids")
         return 0
 
-    cdef int check_text(self, str text) except -1:
-        """Refuse what llama_tokenize cannot take."""
+    cdef str checked(self, text):
+        """Return a text as a plain str; refuse one that llama_tokenize cannot take."""
         self.check_there()
+        cdef str plain = _exact(text)
         # Four bytes a character at most, and half as much again for decomposed Hangul.
-        if len(text) > 2**31 // 6:
-            raise InputError(f"a text of {len(text)} characters is more than llama.cpp can take")
-        return 0
+        if len(plain) > 2**31 // 6:
+            raise InputError(f"a text of {len(plain)} characters is more than llama.cpp can take")
+        return plain
 
     def detokenize(self, tokens, *, bint remove_special=False, bint unparse_special=True):
         """Return the text of token ids; bytes that are not UTF-8 become U+FFFD.

@@ -12,6 +12,7 @@ from llamacrab._support.extras import require
 from llamacrab.corpus import files
 from llamacrab.corpus.files import Wrong
 from llamacrab.errors import CorpusError
+from llamacrab.requests.texts import as_iterator
 from llamacrab.tuning import content_key
 
 # Rows that are read at once.
@@ -137,17 +138,17 @@ class Source:
         data = self._data
         if hasattr(data, "to_batches"):  # a table or a dataset
             yield from self._from_table(data, "the table")
-        elif type(data).__module__.partition(".")[0] == "pandas":
+        elif hasattr(data, "columns") and type(data).__module__.partition(".")[0] == "pandas":
             pa = require("pyarrow", extra="corpus")
             table = pa.Table.from_pandas(data, preserve_index=False)
             yield from self._from_table(table, "the frame")
-        elif hasattr(data, "to_arrow"):  # polars
+        elif hasattr(data, "columns") and hasattr(data, "to_arrow"):  # polars
             yield from self._from_table(data.to_arrow(), "the frame")
         elif type(data).__module__.partition(".")[0] == "datasets":
             for table in data.with_format("arrow").iter(batch_size=BLOCK):
                 yield from self._from_table(table, "the dataset")
         else:
-            yield from self._from_rows(data)
+            yield from self._from_rows(as_iterator(data, "embed_corpus"))
 
     def _from_table(self, table: Any, name: str) -> Iterator[tuple[list[Any], Any, dict[int, str]]]:
         pa = require("pyarrow", extra="corpus")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llamacrab._support.extras import require
+from llamacrab.errors import InputError
 from llamacrab.llama import Llama
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class Embedder:
     model : str or os.PathLike, optional
         A GGUF file that every machine can read; by default all-MiniLM-L6-v2.
     text : str
-        The column that holds the texts.
+        The column that holds the texts; a null in it is an error, as everywhere.
     output : str
         The column for the vectors.
     options : EmbedOptions, optional
@@ -65,9 +66,21 @@ class Embedder:
         self._options = options
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Add a column of vectors to a batch."""
-        texts = [str(text) for text in batch[self._text]]
-        return {**batch, self._output: self._llama.embed_texts(texts, options=self._options)}
+        """Add a column of vectors to a batch.
+
+        Raises
+        ------
+        InputError
+            The batch has no such column, or a row of it is null or no text; the index in the
+            message counts the rows of the batch.
+        """
+        if self._text not in batch:
+            raise InputError(
+                f"the batch has no column {self._text!r} (text=); its columns are "
+                + ", ".join(map(str, batch))
+            )
+        vectors = self._llama.embed_texts(batch[self._text], options=self._options)
+        return {**batch, self._output: vectors}
 
 
 def _cpus_of_actor() -> int:

@@ -2,7 +2,9 @@
 // wanted. The callback is process-wide and may run on any thread, ggml's own included.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
+#include <iterator>
 #include <string>
 
 #include "llama.h"
@@ -22,6 +24,16 @@ struct log_thread {
     std::string errors;  // finished error lines since log_take_errors()
     bool        muted = false;  // what this thread says now is expected, and nobody's concern
     bool        doubting = true;  // whether its doubts about a context are anybody's concern
+};
+
+// Warnings about generating text, which is not done here. They are logged as DEBUG.
+constexpr const char * log_demoted[] = {
+    // Every BERT's: its SEP, which stands for EOS, does not end a generation.
+    "special_eos_id is not in special_eog_ids",
+    // Every XLM-R's: a newline is only looked for to fill in code.
+    "model vocab missing newline token",
+    // Every Gemma 2's, once for each context: it could not go back to an earlier turn of a chat.
+    "using full-size SWA cache",
 };
 
 inline log_state & log_shared() {
@@ -44,8 +56,10 @@ inline void log_callback(ggml_log_level level, const char * text, void *) noexce
         local.level = level;
         local.line.clear();
     }
-    const bool wanted = local.level >= shared.threshold.load(std::memory_order_relaxed);
-    if (!wanted && local.level < GGML_LOG_LEVEL_ERROR) {
+    const auto wanted = [&](int at) {
+        return at >= shared.threshold.load(std::memory_order_relaxed);
+    };
+    if (!wanted(local.level) && local.level < GGML_LOG_LEVEL_ERROR) {
         return;
     }
     local.line += text;
@@ -53,19 +67,25 @@ inline void log_callback(ggml_log_level level, const char * text, void *) noexce
         return;
     }
     local.line.pop_back();
-    if (local.level >= GGML_LOG_LEVEL_ERROR && local.errors.size() < 4096) {
-        local.errors += local.errors.empty() ? "" : "; ";
-        local.errors += local.line;
-    }
-    const auto says     = [&](const char * part) { return local.line.find(part) != std::string::npos; };
-    const bool expected = !local.doubting && (says("> n_ctx_train") || says("model default pooling_type is"));
-    if (auto sink = shared.sink.load(); wanted && sink && !expected) {
-        // The sink runs Python, which may log again on this thread: give it a line of its own.
-        const std::string line = std::move(local.line);
-        local.line.clear();
-        sink(local.level, line.c_str());
-    }
+    // The sink runs Python, which may log again on this thread: give it a line of its own.
+    const std::string line = std::move(local.line);
     local.line.clear();
+    int said = local.level;
+    if (said >= GGML_LOG_LEVEL_ERROR && local.errors.size() < 4096) {
+        local.errors += local.errors.empty() ? "" : "; ";
+        local.errors += line;
+    }
+    const auto says = [&](const char * part) { return line.find(part) != std::string::npos; };
+    if (!local.doubting && (says("> n_ctx_train") || says("model default pooling_type is"))) {
+        return;
+    }
+    if (said == GGML_LOG_LEVEL_WARN &&
+        std::any_of(std::begin(log_demoted), std::end(log_demoted), says)) {
+        said = GGML_LOG_LEVEL_DEBUG;
+    }
+    if (auto sink = shared.sink.load(); sink && wanted(said)) {
+        sink(said, line.c_str());
+    }
 } catch (...) {
     // No memory for a log line: it is lost, the work is not.
 }

@@ -52,6 +52,8 @@ class Windows:
         overlap: int,
     ) -> None:
         self.inputs: list[Any] = []
+        # Without special tokens and prompt they are empty, and numpy's empty is of float64.
+        before, after = np.array(head, dtype=np.int32), np.array(tail, dtype=np.int32)
         firsts, weights = [], []
         for i, text in enumerate(texts):
             firsts.append(len(self.inputs))
@@ -64,7 +66,7 @@ class Windows:
             if len(parts) == 1:
                 self.inputs.append(text)
             elif isinstance(text, str):
-                self.inputs += [np.concatenate([head, ids[a:b], tail]) for a, b in parts]
+                self.inputs += [np.concatenate([before, ids[a:b], after]) for a, b in parts]
             else:
                 self.inputs += [ids[a:b] for a, b in parts]
         self._firsts = np.array(firsts, dtype=np.intp)

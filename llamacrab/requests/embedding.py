@@ -12,6 +12,7 @@ from llamacrab.errors import InputError, LlamaError
 from llamacrab.options import NORM_INT16, EmbedOptions
 from llamacrab.requests.chunking import Windows
 from llamacrab.requests.offsets import kept, token_offsets
+from llamacrab.requests.prompts import ids_of, split_at_special
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -105,6 +106,8 @@ class EmbedPipeline:
         Tokens that fit.
     prompts : mapping of str to str
         The model's own, by name.
+    larger : str
+        How to make `limit` larger, for error messages.
 
     Attributes
     ----------
@@ -123,6 +126,7 @@ class EmbedPipeline:
         pooling_type: PoolingType,
         limit: int,
         prompts: Mapping[str, str],
+        larger: str = "",
     ) -> None:
         self.options = options
         self.pooled = pooling_type != PoolingType.NONE
@@ -130,14 +134,19 @@ class EmbedPipeline:
         # Windows are averaged as they come, and their mean is normalized.
         self.norm = 0.0 if options.chunk else options.norm
         vocab = model.vocab
-        self._prompt = prompt = _prompt(options, prompts)
+        prompt = _prompt(options, prompts)
+        self._prefix_text = ""
         prefix = _special("start_token", options.start_token, vocab.prefix, len(vocab))
         suffix = _special("end_token", options.end_token, vocab.suffix, len(vocab))
+        if prompt:
+            # The text that touches a text is split into tokens together with it.
+            *before, touching = split_at_special(vocab, prompt)
+            prefix, self._prefix_text = (*prefix, *ids_of(vocab, before)), str(touching)
         self._n_around = (len(prefix), len(suffix))
         around: dict[str, Any] = {
             "prefix": prefix,
             "suffix": suffix,
-            "lead": prompt,
+            "lead": self._prefix_text,
             "parse_special": options.parse_special,
         }
         self.tokenization = Encoder(
@@ -145,6 +154,9 @@ class EmbedPipeline:
             limit=limit,
             truncate=options.truncate,
             text_only=bool(prompt) and not options.chunk,
+            advice="pass truncate=True to cut it"
+            + (", or chunk=True to average over windows of it" if self.pooled else ""),
+            larger=larger,
             **around,
         )
         self._uncut = Encoder(vocab, limit=NO_LIMIT, **around)
@@ -152,11 +164,7 @@ class EmbedPipeline:
         if options.chunk:
             if not self.pooled:
                 raise InputError("chunk= needs a pooling: without one there is no row to average")
-            head = list(prefix)
-            if prompt:
-                head += vocab.tokenize(
-                    prompt, add_special=False, parse_special=options.parse_special
-                ).tolist()
+            head = [*prefix, *(ids_of(vocab, [self._prefix_text]) if prompt else ())]
             self._chunking = {
                 "head": head,
                 "tail": suffix,
@@ -179,12 +187,12 @@ class EmbedPipeline:
         full = self._uncut.encode(text)
         spans = token_offsets(
             self._uncut.vocab,
-            self._prompt + text,
+            self._prefix_text + text,
             full,
             n_prefix=self._n_around[0],
             n_suffix=self._n_around[1],
         )
-        places: np.ndarray = np.maximum(spans[kept(full, ids)] - len(self._prompt), 0)
+        places: np.ndarray = np.maximum(spans[kept(full, ids)] - len(self._prefix_text), 0)
         return places
 
     def windows(self, texts: list[Any]) -> Windows | None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from llamacrab._core import Encoder
 from llamacrab.errors import InputError, UnsupportedModelError
+from llamacrab.requests.prompts import ids_of, split_at_special
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,15 +60,15 @@ class PairTemplate:
             )
         else:
             before, after = template.split("{document}")
-            prefix = _split_at_special(vocab, before, query)
-            suffix = _split_at_special(vocab, after, query)
+            prefix = _filled(split_at_special(vocab, before), query)
+            suffix = _filled(split_at_special(vocab, after), query)
             self._prefix_text, self._suffix_text = str(prefix.pop()), str(suffix.pop(0))
-        self._prefix_ids = [token for piece in prefix for token in _ids(vocab, piece)]
+        self._prefix_ids = ids_of(vocab, prefix)
         # The document and what closes it are BERT's segment B.
         shift = vocab.segment_b_offset or 0
-        self._suffix_ids = [int(token) + shift for piece in suffix for token in _ids(vocab, piece)]
+        self._suffix_ids = [token + shift for token in ids_of(vocab, suffix)]
 
-    def tokenization(self, *, limit: int, truncate: Truncate = False) -> Encoder:
+    def tokenization(self, *, limit: int, truncate: Truncate = False, larger: str = "") -> Encoder:
         """Return what turns a document into the token ids of its pair with the query.
 
         Parameters
@@ -77,6 +77,8 @@ class PairTemplate:
             Tokens of the longest pair.
         truncate : bool or {"end", "start", "middle"}
             Where to cut a document that is too long beside the query; never anything else.
+        larger : str
+            How to make `limit` larger, for error messages.
         """
         return Encoder(
             self._vocab,
@@ -88,11 +90,9 @@ class PairTemplate:
             trail=self._suffix_text,
             shift=self._vocab.segment_b_offset or 0,
             text_only=True,
+            advice="pass truncate=True to cut the document",
+            larger=larger,
         )
-
-
-def _ids(vocab: Vocab, piece: str | int) -> np.ndarray | list[int]:
-    return [piece] if isinstance(piece, int) else vocab.tokenize(piece, add_special=False)
 
 
 def _around_document(vocab: Vocab, query: str) -> tuple[list[str | int], list[str | int]]:
@@ -105,24 +105,10 @@ def _around_document(vocab: Vocab, query: str) -> tuple[list[str | int], list[st
     return [piece for piece in prefix if piece is not None], [p for p in suffix if p is not None]
 
 
-def _split_at_special(vocab: Vocab, template: str, query: str) -> list[str | int]:
-    """Return texts and, between them, ids of special tokens; the query is filled in.
-
-    A text stands first and last, empty where need be. Splitting before filling keeps what the query
-    spells from being read as special tokens.
-    """
-    spelled = {
-        vocab.token_to_piece(int(token)).decode("utf-8", "replace"): int(token)
-        for token in vocab.tokenize(template, add_special=False, parse_special=True)
-        if vocab.is_control(int(token))
-    }
-    spelled.pop("", None)
-    if not spelled:
-        return [template.replace("{query}", query)]
-    longest_first = sorted(spelled, key=len, reverse=True)
-    parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", template)
+def _filled(pieces: list[str | int], query: str) -> list[str | int]:
+    """Return the pieces of a template with the query filled in, whose special tokens stay text."""
     return [
-        spelled[part] if i % 2 else part.replace("{query}", query) for i, part in enumerate(parts)
+        piece if isinstance(piece, int) else piece.replace("{query}", query) for piece in pieces
     ]
 
 
@@ -139,14 +125,24 @@ class Pairs:
         Tokens of the longest pair.
     truncate : bool or {"end", "start", "middle"}
         Where to cut a document that is too long beside its query.
+    larger : str
+        How to make `limit` larger, for error messages.
     """
 
     def __init__(
-        self, model: Model, pairs: Sequence[Any], *, limit: int, truncate: Truncate = False
+        self,
+        model: Model,
+        pairs: Sequence[Any],
+        *,
+        limit: int,
+        truncate: Truncate = False,
+        larger: str = "",
     ) -> None:
         self._pairs = pairs
         self._tokenization_of = lru_cache(QUERIES_KEPT)(
-            lambda query: PairTemplate(model, query).tokenization(limit=limit, truncate=truncate)
+            lambda query: PairTemplate(model, query).tokenization(
+                limit=limit, truncate=truncate, larger=larger
+            )
         )
 
     def __len__(self) -> int:

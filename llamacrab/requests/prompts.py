@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from llamacrab._core import Vocab
+
 KEY = "llamacrab.prompt."
 NAMES = ("general.name", "general.basename", "general.finetune", "general.base_model.0.name")
 
@@ -21,18 +23,18 @@ _INSTRUCT = (
     "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery:"
 )
 
+_NOMIC = {
+    "query": "search_query: ",
+    "document": "search_document: ",
+    "classification": "classification: ",
+    "clustering": "clustering: ",
+}
+
 # Pattern of a name, and the prompts of that family as its authors publish them, on the model card
 # or in its config_sentence_transformers.json. The first that matches counts.
 FAMILIES: tuple[tuple[str, dict[str, str]], ...] = (
-    (
-        "nomic-embed-text",
-        {
-            "query": "search_query: ",
-            "document": "search_document: ",
-            "classification": "classification: ",
-            "clustering": "clustering: ",
-        },
-    ),
+    # Both families are trained with these: contrastors, eval/mteb_eval/eval_mteb.py, by Nomic.
+    ("nomic-embed-text|modernbert-embed", _NOMIC),
     (
         "embedding-?gemma",
         {
@@ -58,6 +60,24 @@ FAMILIES: tuple[tuple[str, dict[str, str]], ...] = (
         {"query": "为这个句子生成表示以用于检索相关文章：", "document": ""},
     ),
     ("bge-(small|base|large)-en", {"query": _SEARCH, "document": ""}),
+    # <instruct> and <query> are special tokens: FlagEmbedding, inference/embedder/model_mapping.py;
+    # the instruction is that of its tutorial 1.2.1.
+    (
+        "bge-multilingual-gemma2",
+        {
+            "query": "<instruct>Given a web search query, retrieve relevant passages that answer "
+            "the query.\n<query>",
+            "document": "",
+        },
+    ),
+    # config_sentence_transformers.json: retrieval.query and retrieval.passage.
+    (
+        "jina-embeddings-v3",
+        {
+            "query": "Represent the query for retrieving evidence documents: ",
+            "document": "Represent the document for retrieval: ",
+        },
+    ),
     # Trained without prompts, and known to be.
     ("bge-m3|gte-(small|base|large)|all-minilm|all-mpnet", {"query": "", "document": ""}),
 )
@@ -81,3 +101,33 @@ def prompts_of(metadata: Mapping[str, str]) -> dict[str, str]:
             if name and re.search(pattern, name):
                 return dict(prompts)
     return {}
+
+
+def split_at_special(vocab: Vocab, text: str) -> list[str | int]:
+    """Return a prompt or a template in pieces: texts, and between them ids of special tokens.
+
+    A text stands first and last, empty where need be. What is filled in between afterwards, or
+    follows, is not read for special tokens.
+    """
+    spelled = {
+        vocab.token_to_piece(int(token)).decode("utf-8", "replace"): int(token)
+        for token in vocab.tokenize(text, add_special=False, parse_special=True)
+        if vocab.is_control(int(token))
+    }
+    spelled.pop("", None)
+    if not spelled:
+        return [text]
+    longest_first = sorted(spelled, key=len, reverse=True)
+    parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
+    return [spelled[part] if i % 2 else part for i, part in enumerate(parts)]
+
+
+def ids_of(vocab: Vocab, pieces: list[str | int]) -> list[int]:
+    """Return the token ids of such pieces."""
+    ids: list[int] = []
+    for piece in pieces:
+        if isinstance(piece, int):
+            ids.append(piece)
+        else:
+            ids += vocab.tokenize(piece, add_special=False).tolist()
+    return ids
