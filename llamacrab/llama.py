@@ -134,6 +134,11 @@ class Llama:
         How each of `devices` computes.
     layout : llamacrab.tuning.Layout
         Contexts, threads and tokens a pack that are in use.
+    backends : list of str
+        What computes: ``"ggml"``, one of llamacrab's sets of kernels such as ``"llamacrab avx2"``,
+        or a kind of GPU such as ``"CUDA"``; several where the copies on `devices` differ.
+    deterministic : bool
+        As it was given.
 
     Raises
     ------
@@ -193,6 +198,8 @@ class Llama:
             for device in (devices or (None,))
         ]
         self._on_gpu = on_gpu[0]
+        self.backends = tuning.backends(self._models, on_gpu)
+        self.deterministic = deterministic
         given = tuning.Layout(n_contexts, n_threads, pack_tokens or n_ubatch, flash_attn)
         known = [
             tuning.remembered(model, gpu) for model, gpu in zip(self._models, on_gpu, strict=True)

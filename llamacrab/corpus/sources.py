@@ -7,14 +7,16 @@ import csv
 import glob
 import io
 import json
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llamacrab._extras import require
+from llamacrab._files import content_hashes
+from llamacrab.corpus.columns import Columns
 from llamacrab.errors import CorpusError
-from llamacrab.tuning import content_key
 
 # Rows that are read at once.
 BLOCK = 1024
@@ -74,13 +76,40 @@ class Source:
         self._paths = _paths(data)
         self._data = data
         self._pa = require("pyarrow", extra="corpus")
+        self._stamps = self._stamped()
+        self.columns = Columns(keep)
 
-    def fingerprint(self) -> Any:
-        """Return what tells this source from another one, as far as that is known."""
-        if self._paths is not None:
-            return [[path.name, content_key(path)] for path in self._paths]
-        shape = getattr(self._data, "shape", None)
-        return [type(self._data).__name__, list(shape) if shape else None]
+    @property
+    def has_files(self) -> bool:
+        """Whether it can be known again without being read."""
+        return self._paths is not None
+
+    def fingerprint(self, stop: threading.Event | None = None) -> list[list[Any]] | None:
+        """Return name, size and hash of every file, which takes a while; None without files.
+
+        What has no files is known by its rows alone.
+        """
+        if self._paths is None:
+            return None
+        hashes = content_hashes(self._paths, stop)
+        sizes = [path.stat().st_size for path in self._paths]
+        names = [path.name for path in self._paths]
+        return [list(one) for one in zip(names, sizes, hashes, strict=True)]
+
+    def refuse_changed(self) -> None:
+        """Raise if a file has changed since this source was made."""
+        for path, before, now in zip(
+            self._paths or [], self._stamps, self._stamped(), strict=False
+        ):
+            if before != now:
+                raise CorpusError(
+                    f"{path} has changed while it was read: start again, with append=True "
+                    "(--append) if rows were added at its end"
+                )
+
+    def _stamped(self) -> list[tuple[int, int]]:
+        found = [path.stat() for path in self._paths or []]
+        return [(about.st_size, about.st_mtime_ns) for about in found]
 
     def n_rows(self) -> int | None:
         """Return how many rows there are, where that is soon known."""
@@ -95,6 +124,7 @@ class Source:
     def blocks(self, start: int) -> Iterator[Block]:
         """Yield the rows from row `start` on."""
         first = 0
+        self.columns = Columns(self._keep)
         try:
             for texts, carried, reasons in self._read():
                 block = Block(first, texts, carried, reasons)
@@ -147,8 +177,7 @@ class Source:
         )
         for batch in batches:
             rows = self._pa.Table.from_batches([batch])
-            texts, reasons = _checked(_values(self._pa, rows.column(self._text)))
-            yield texts, rows.select(list(self._keep)) if self._keep else None, reasons
+            yield self._gathered(_values(self._pa, rows.column(self._text)), rows)
 
     def _from_rows(self, rows: Iterable[Any]) -> Iterator[tuple[list[Any], Any, dict[int, str]]]:
         texts: list[Any] = []
@@ -166,9 +195,10 @@ class Source:
         if texts:
             yield self._gathered(texts, carried)
 
-    def _gathered(self, texts: list[Any], carried: list[dict[str, Any]]) -> Any:
-        checked, reasons = _checked(texts)
-        table = self._pa.Table.from_pylist(carried) if self._keep else None
+    def _gathered(self, texts: list[Any], carried: Any) -> Any:
+        table, wrong = self.columns.take(carried)
+        fitting = [_Wrong(wrong[i]) if i in wrong else text for i, text in enumerate(texts)]
+        checked, reasons = _checked(fitting)
         return checked, table, reasons
 
 

@@ -1,0 +1,153 @@
+"""What a job is: all that its rows depend on, and how its rows are known again.
+
+Two jobs that are equal here may share a folder. What changes only how fast rows come (contexts,
+threads, tokens per pack, the size of shards) has no place in it, nor has flash attention, whose rows
+differ by less than docs/models.md allows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llamacrab import _files
+from llamacrab._extras import require
+from llamacrab.corpus.sources import Block, Source
+from llamacrab.errors import CorpusError
+
+if TYPE_CHECKING:
+    import threading
+
+    from llamacrab.corpus.manifest import Shard
+    from llamacrab.llama import Llama
+    from llamacrab.options import EmbedOptions
+
+
+def identity(
+    llama: Llama, source: Source, how: EmbedOptions, stop: threading.Event, **given: Any
+) -> dict[str, Any]:
+    """Return what a job is, as it stands in its manifest; reads the model's and source's files."""
+    # A row that fits is the same under every limit, unless there is something to do with others.
+    limited = how.truncate or how.chunk or given["on_error"] == "skip"
+    job = {
+        "source": source.fingerprint(stop),
+        "model": _files.model_hashes(Path(llama.model.path), stop),
+        "pooling_type": llama.pooling_type.name,
+        "n_ctx": llama.n_ctx if limited else None,
+        "backends": llama.backends,
+        "deterministic": llama.deterministic,
+        "options": _as_json(how),
+        "prompt": llama.prompts.get(how.prompt_name or ""),
+        **given,
+    }
+    return dict(json.loads(json.dumps(job)))  # as it is read back
+
+
+def _as_json(how: EmbedOptions) -> dict[str, Any]:
+    ranges = None if how.ranges is None else np.asarray(how.ranges).tolist()
+    return {**asdict(replace(how, ranges=None)), "ranges": ranges}
+
+
+def may_have_grown(before: Any, now: Any) -> bool:
+    """Return whether files may be the earlier ones, with more at the end."""
+    if not isinstance(before, list) or not isinstance(now, list) or len(now) < len(before):
+        return False
+    pairs = zip(before, now, strict=False)
+    return all(old[0] == new[0] and old[1] <= new[1] for old, new in pairs)
+
+
+def difference(before: Any, now: Any) -> str:
+    """Say how the files of two sources differ."""
+    if not isinstance(before, list) or not isinstance(now, list):
+        return f"{_kind(before)} there, {_kind(now)} now"
+    if len(before) != len(now):
+        return f"{len(before)} files there, {len(now)} now"
+    for (old, size, _), new in zip(before, now, strict=True):
+        if [old, size] != new[:2]:
+            return f"{old} with {size:,} bytes there, {new[0]} with {new[1]:,} now"
+    changed = [old[0] for old, new in zip(before, now, strict=True) if old != new]
+    return f"{', '.join(changed)}: other content than there, of the same length"
+
+
+def _kind(source: Any) -> str:
+    return "rows from Python" if source is None else "files"
+
+
+class RowsHash:
+    """Names rows of a source by their texts and the values that go along.
+
+    A row that cannot be read counts as a row without a text: the reason may be worded in another
+    way by another version of Python.
+    """
+
+    def __init__(self) -> None:
+        self._digest = require("xxhash", extra="corpus").xxh3_128()
+
+    def update(self, block: Block) -> None:
+        """Add rows."""
+        for text in block.texts:
+            # Halves of surrogate pairs are refused later, as texts.
+            data = b"" if text is None else text.encode("utf-8", "surrogatepass")
+            self._digest.update(f"{-1 if text is None else len(data)} ".encode() + data)
+        if block.carried is not None:
+            for row in block.carried.to_pylist():
+                values = [_plain(value) for value in row.values()]
+                self._digest.update(json.dumps(values, default=str).encode())
+
+    def hexdigest(self) -> str:
+        """Return the hash of all rows so far, however they came in blocks."""
+        return str(self._digest.hexdigest())
+
+
+def _plain(value: Any) -> Any:
+    """Return a value so that 1 and 1.0 are equal: a later row may have made a column float."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+class Finished:
+    """Compares the rows of a source with those that finished shards were made of."""
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self._left = deque(shards)
+        self._rows = RowsHash()
+
+    def rest_of(self, block: Block) -> Block:
+        """Check the part of a block that is finished, and return the other part, maybe empty.
+
+        Raises
+        ------
+        CorpusError
+            The rows are others.
+        """
+        at = 0
+        while self._left and at < len(block.texts):
+            shard = self._left[0]
+            end = shard.first + shard.n_read
+            size = min(len(block.texts) - at, end - block.first - at)
+            self._rows.update(block.slice(at, at + size))
+            at += size
+            if block.first + at == end:
+                if self._rows.hexdigest() != shard.rows:
+                    raise CorpusError(
+                        f"rows {shard.first} to {end - 1} of the source are not those that "
+                        f"{shard.name} was made of: give the same rows in the same order, or "
+                        "overwrite the job"
+                    )
+                self._left.popleft()
+                self._rows = RowsHash()
+        return block.slice(at, len(block.texts))
+
+    def end(self, n_rows: int) -> None:
+        """Raise if the source, which has so many rows, ends before the finished part does."""
+        if self._left:
+            last = self._left[-1]
+            raise CorpusError(
+                f"the source has {n_rows} rows, but {last.first + last.n_read} are finished: give "
+                "the same rows in the same order, or overwrite the job"
+            )
