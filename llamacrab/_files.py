@@ -163,16 +163,12 @@ def _memory() -> Path:
     return cache_dir() / "hashes.json"
 
 
-def _remembered() -> dict[str, Any]:
+def _remembered() -> dict[str, list[Any]]:
     try:
         held = json.loads(_memory().read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # nothing yet, or a file of another kind
+        return {name: [*stamp, value] for name, (*stamp, value) in held.items()}
+    except (OSError, ValueError, TypeError, AttributeError):  # none yet, or of another kind
         return {}
-    return (
-        {name: one for name, one in held.items() if isinstance(one, list)}
-        if isinstance(held, dict)
-        else {}
-    )
 
 
 def _remember(found: dict[str, list[Any]]) -> None:

@@ -54,7 +54,7 @@ def check(folder, expected, rows=ROWS):
     assert table.column("id").to_pylist() == [row["id"] for row in rows]
     vectors = np.array(table.column("embedding").to_pylist(), dtype=np.float32)
     assert cosines(vectors, expected).min() > 0.9999
-    assert sorted(path.name for path in folder.glob(".*")) == []
+    assert [path.name for path in folder.glob(".*")] == [".lock"]
 
 
 def write_jsonl(path, rows=ROWS, opener=open):
@@ -404,7 +404,7 @@ def test_a_disk_that_fills_stops_the_job_where_it_can_go_on(tiny, expected, tmp_
         _, said = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "0 rows are finished, start again to go on" in said
-    assert [path.name for path in folder.iterdir()] == ["manifest.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "manifest.json"]
     with cli(source, folder) as process:
         _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said

@@ -1,8 +1,8 @@
 """What a job is: all that its rows depend on, and how its rows are known again.
 
-Two jobs that are equal here may share a folder. What changes only how fast rows come (contexts,
-threads, tokens per pack, the size of shards) has no place in it, nor has flash attention, whose rows
-differ by less than docs/models.md allows.
+Runs that are equal here may go on with each other's work. What changes only how fast rows come
+(contexts, threads, tokens per pack, rows per shard) has no place in it. Nor has flash attention:
+rows with and without it differ by less than the neighbours in a pack may change them.
 """
 
 from __future__ import annotations
@@ -91,14 +91,13 @@ class RowsHash:
 
     def update(self, block: Block) -> None:
         """Add rows."""
-        for text in block.texts:
+        rows = [{}] * len(block.texts) if block.carried is None else block.carried.to_pylist()
+        for text, row in zip(block.texts, rows, strict=True):
             # Halves of surrogate pairs are refused later, as texts.
             data = b"" if text is None else text.encode("utf-8", "surrogatepass")
-            self._digest.update(f"{-1 if text is None else len(data)} ".encode() + data)
-        if block.carried is not None:
-            for row in block.carried.to_pylist():
-                values = [_plain(value) for value in row.values()]
-                self._digest.update(json.dumps(values, default=str).encode())
+            values = json.dumps([_plain(value) for value in row.values()], default=str).encode()
+            length = -1 if text is None else len(data)
+            self._digest.update(b"%d %b%d %b" % (length, data, len(values), values))
 
     def hexdigest(self) -> str:
         """Return the hash of all rows so far, however they came in blocks."""

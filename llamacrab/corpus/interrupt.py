@@ -14,7 +14,8 @@ class Interrupt:
     or on leaving.
 
     An exception between any two steps of the bookkeeping would have a shard counted twice, or not
-    at all; so a second Ctrl-C, too, waits until the bookkeeping is over. Where the signal is not Python's to handle, or not this thread's, nothing changes.
+    at all. So a second Ctrl-C, too, waits until the bookkeeping is over. Where the signal is not
+    Python's to handle, or not this thread's, nothing changes.
     """
 
     def __init__(self) -> None:
