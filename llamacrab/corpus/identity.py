@@ -95,7 +95,9 @@ class RowsHash:
         for text, row in zip(block.texts, rows, strict=True):
             # Halves of surrogate pairs are refused later, as texts.
             data = b"" if text is None else text.encode("utf-8", "surrogatepass")
-            values = json.dumps([_plain(value) for value in row.values()], default=str).encode()
+            values = b""
+            if row:
+                values = json.dumps([_plain(v) for v in row.values()], default=str).encode()
             length = -1 if text is None else len(data)
             self._digest.update(b"%d %b%d %b" % (length, data, len(values), values))
 
