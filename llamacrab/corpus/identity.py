@@ -91,24 +91,28 @@ class RowsHash:
 
     def update(self, block: Block) -> None:
         """Add rows."""
-        rows = [{}] * len(block.texts) if block.carried is None else block.carried.to_pylist()
-        for text, row in zip(block.texts, rows, strict=True):
-            # Halves of surrogate pairs are refused later, as texts.
-            data = b"" if text is None else text.encode("utf-8", "surrogatepass")
-            values = b""
-            if row:
-                values = json.dumps([_plain(v) for v in row.values()], default=str).encode()
-            length = -1 if text is None else len(data)
-            self._digest.update(b"%d %b%d %b" % (length, data, len(values), values))
+        records = [_record(text) for text in block.texts]
+        if block.carried is not None:
+            rows = [_record(_as_text(row)) for row in block.carried.to_pylist()]
+            records = [text + row for text, row in zip(records, rows, strict=True)]
+        self._digest.update(b"".join(records))
 
     def hexdigest(self) -> str:
         """Return the hash of all rows so far, however they came in blocks."""
         return str(self._digest.hexdigest())
 
 
-def _plain(value: Any) -> Any:
-    """Return a value so that 1 and 1.0 are equal: a later row may have made a column float."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+def _record(text: str | None) -> bytes:
+    if text is None:
+        return b"-"
+    data = text.encode("utf-8", "surrogatepass")  # halves of pairs are refused later, as texts
+    return b"%d %b" % (len(data), data)
+
+
+def _as_text(row: dict[str, Any]) -> str:
+    """Return values so that 1 and 1.0 are equal: a later row may have made a column float."""
+    values = [int(v) if isinstance(v, float) and v.is_integer() else v for v in row.values()]
+    return json.dumps(values, default=str)
 
 
 class Finished:

@@ -36,14 +36,9 @@ def clean(folder: Path, finished: Sequence[Shard], unfinished: Sequence[str]) ->
     Raises
     ------
     CorpusError
-        There are files, not this job's, that would be taken for its shards. They stay.
+        There are files, not this job's, that would be taken for its shards. Nothing is removed.
     """
-    for name in unfinished:
-        (folder / name).unlink(missing_ok=True)
-        (folder / rejects_of(name)).unlink(missing_ok=True)
-    for path in [*folder.glob(".part-*.tmp"), *folder.glob(".manifest.json.*.tmp")]:
-        path.unlink()
-    names = {shard.name for shard in finished}
+    names = {*unfinished, *(shard.name for shard in finished)}
     names |= {rejects_of(name) for name in names}
     foreign = sorted({path.name for path in folder.glob("part-*")} - names)
     if foreign:
@@ -52,6 +47,12 @@ def clean(folder: Path, finished: Sequence[Shard], unfinished: Sequence[str]) ->
             f"{folder} holds {foreign[0]}{more}, which its manifest does not list: move or remove "
             "such files, or take another folder"
         )
+    for name in unfinished:
+        (folder / name).unlink(missing_ok=True)
+        (folder / rejects_of(name)).unlink(missing_ok=True)
+    for pattern in (".part-*.tmp", ".manifest.json.*.tmp", ".lock.json.*.tmp"):
+        for path in folder.glob(pattern):
+            path.unlink()
 
 
 def write(
