@@ -46,7 +46,8 @@ PART = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
 
 def temporary(path: Path) -> Path:
     """Make an empty file to write to before it gets the name `path`; no other has its name."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    prefix = f".{path.name.lstrip('.')}."
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=".tmp")
     os.close(handle)
     if os.name == "posix":  # mkstemp lets only the owner read
         mask = os.umask(0)
