@@ -94,7 +94,7 @@ class Columns:
         grown = pa.unify_schemas(schemas, promote_options="permissive").field(0).type
         if pa.types.is_floating(grown) and name in self._inexact:
             raise pa.ArrowInvalid(f"column {name} has whole numbers that no float holds")
-        fitted = values.cast(grown)
+        fitted = values if values.type == grown else values.cast(grown)
         if pa.types.is_integer(values.type):
             ends = self._compute.min_max(values).as_py()
             if max(-(ends["min"] or 0), ends["max"] or 0) > EXACT:
