@@ -10,18 +10,21 @@ import tempfile
 import time
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llamacrab._extras import require
 from llamacrab._fetch import cache_dir, sha256_of
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+
+T = TypeVar("T")
 
 __all__ = [
     "content_hash",
     "content_hashes",
+    "in_parallel",
     "model_hashes",
     "settle",
     "sha256_of",
@@ -124,9 +127,14 @@ def content_hash(path: Path, stop: threading.Event | None = None) -> str:
 
 def content_hashes(paths: Sequence[Path], stop: threading.Event | None = None) -> list[str]:
     """Return the hashes of whole files, several of which are read at the same time."""
+    return in_parallel(lambda path: content_hash(path, stop), paths)
+
+
+def in_parallel(function: Callable[[Path], T], paths: Sequence[Path]) -> list[T]:
+    """Return what a function that hashes says of each file."""
     n_readers = max(1, min(len(paths), READERS_MAX, os.cpu_count() or 1))
     with ThreadPoolExecutor(n_readers, "llamacrab-hash") as pool:
-        return list(pool.map(lambda path: content_hash(path, stop), paths))
+        return list(pool.map(function, paths))
 
 
 def model_hashes(path: Path, stop: threading.Event | None = None) -> list[str]:

@@ -39,9 +39,9 @@ class Columns:
         self.widened = False
 
     def take(self, rows: Any) -> tuple[Any, dict[int, str]]:
-        """Return the columns of a table or of a list of dicts, and which rows do not fit and why.
+        """Return the columns of a table or of a list of dicts, and what is wrong with which rows.
 
-        The table has None where a value does not fit, or is None where there are no columns.
+        A value that does not fit is null. Where there are no columns, None stands for the table.
         """
         if not self._names:
             return None, {}
@@ -54,7 +54,6 @@ class Columns:
             else:
                 column = rows.column(name)
                 columns[name] = self._column(name, column, lambda part: part, wrong)
-        # A column that was read before a row of it was rejected may have had a narrower type.
         return self._pa.table(columns), wrong
 
     def _column(

@@ -249,16 +249,14 @@ def _manifest(
             raise
         manifest = Manifest()  # which shards it listed is not known, so that they stay in the way
     unfinished = [manifest.writing] if manifest.writing else []
-    if overwrite:
-        dropped = manifest.keep(0)
-    elif manifest.shards:
+    if manifest.shards and not overwrite:
         manifest.refuse_other(job.result(), folder, append=append)
-        dropped = manifest.keep(manifest.n_sound(folder))
-    else:  # nothing was finished: another job may begin here
-        manifest.reopen()
-        dropped = []
-    shards.clean(folder, manifest.shards, [*unfinished, *dropped])
-    if unfinished or dropped:
+        unfinished += manifest.keep(manifest.n_sound(folder))
+    else:  # where nothing was finished, another job may begin
+        unfinished += manifest.keep(0)
+        manifest = Manifest(exports=dict.fromkeys(manifest.exports, False))
+    shards.clean(folder, manifest.shards, unfinished)
+    if unfinished:
         manifest.writing = None
         manifest.save(folder)
     return manifest

@@ -1,4 +1,4 @@
-"""What a job is, and which of its shards are finished: ``manifest.json`` beside them."""
+"""What a job is, and which of its shards are finished: ``manifest.json`` in their folder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from llamacrab._files import sha256_of, write_whole
+from llamacrab._files import in_parallel, sha256_of, write_whole
 from llamacrab.corpus import identity
 from llamacrab.errors import CorpusError
 
@@ -37,7 +37,7 @@ class Manifest:
         What makes this job's vectors what they are: source, model, options. Another job has no
         business in the same folder. Empty before the first shard is written.
     made_with : dict
-        Versions, for whoever reads it; they may change on the way.
+        Versions, for people who read it; they may change on the way.
     shards : list of Shard
         In order.
     complete : bool
@@ -79,7 +79,7 @@ class Manifest:
             return None
         except ValueError as error:
             raise CorpusError(
-                f"{path} is damaged: {error}; overwrite the job to begin anew"
+                f"{path} is damaged: {error}; overwrite the job to begin again"
             ) from None
         if held.pop("version", None) != VERSION:
             raise CorpusError(
@@ -130,9 +130,9 @@ class Manifest:
 
     def n_sound(self, folder: Path) -> int:
         """Return how many shards, from the first on, are there as they were written."""
-        for k, shard in enumerate(self.shards):
-            path = folder / shard.name
-            found = sha256_of(path) if path.is_file() else None
+        paths = [folder / shard.name for shard in self.shards]
+        checksums = in_parallel(lambda path: sha256_of(path) if path.is_file() else None, paths)
+        for k, (shard, found) in enumerate(zip(list(self.shards), checksums, strict=True)):
             if found is not None and found == self.recast.get(shard.name):
                 self.shards[k] = replace(shard, sha256=found)
             elif found != shard.sha256:
