@@ -149,7 +149,7 @@ class Finished:
         return block.slice(at, len(block.texts))
 
     def end(self, n_rows: int) -> None:
-        """Raise if the source, which has so many rows, ends before the finished part does."""
+        """Raise if a source of `n_rows` rows ends before the finished part does."""
         if self._left:
             last = self._left[-1]
             raise CorpusError(

@@ -425,7 +425,7 @@ class _Run:
                 try:
                     with self._interrupt.allowed():
                         block = next(blocks, None)
-                except CorpusError as error:  # told of once what was read before it is computed
+                except CorpusError as error:  # raised once what was read before it is computed
                     block, unreadable = None, error
                 if block is None:
                     break

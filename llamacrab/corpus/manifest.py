@@ -140,7 +140,7 @@ class Manifest:
         return len(self.shards)
 
     def keep(self, n_shards: int) -> list[str]:
-        """Forget all shards but the first so many, and return the names of the others."""
+        """Forget all but the first `n_shards` shards, and return the names of the others."""
         dropped = [shard.name for shard in self.shards[n_shards:]]
         if dropped:
             del self.shards[n_shards:]
