@@ -97,6 +97,8 @@ class Engine:
         The queue, and the workers of all models.
     n_ctx : int
         Tokens of the longest text that fits.
+    backends : list of str
+        What computes, see `Llama.backends`.
     larger : str
         How to make room for longer texts; empty where there is no way.
     """
@@ -124,6 +126,7 @@ class Engine:
             for device in places
         ]
         self._on_gpu = on_gpu[0]
+        self.backends = tuning.backends(self.models, on_gpu)
         known = [
             tuning.remembered(model, gpu) for model, gpu in zip(self.models, on_gpu, strict=True)
         ]

@@ -127,6 +127,11 @@ class Llama:
         How each of `devices` computes.
     layout : llamacrab.tuning.Layout
         Contexts, threads and tokens a pack that are in use.
+    backends : list of str
+        What computes: ``"ggml"``, one of llamacrab's sets of kernels such as ``"llamacrab avx2"``,
+        or a kind of GPU such as ``"CUDA"``; several where the copies on `devices` differ.
+    deterministic : bool
+        As it was given.
 
     Raises
     ------
@@ -193,6 +198,8 @@ class Llama:
             },
         )
         self.model = self._engine.models[0]
+        self.backends = self._engine.backends
+        self.deterministic = deterministic
         self.prompts = prompts_of(self.model.metadata)
         self._pipelines: dict[str, EmbedPipeline] = {}
         if devices is None and n_gpu_layers != 0:

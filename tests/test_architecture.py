@@ -29,7 +29,7 @@ MAY_IMPORT = {
         "errors", "_core", "options", "requests", "models", "tuning", "_engine", "_diagnostics",
     },
     "corpus": {
-        "errors", "_core", "_support", "options", "similarity", "requests", "tuning", "llama",
+        "errors", "_core", "_support", "options", "similarity", "requests", "llama",
     },
     "integrations": {"errors", "_support", "options", "llama"},
     "bench": {"errors", "_core", "_support", "options", "tuning", "_engine", "llama"},

@@ -157,7 +157,7 @@ def test_scores_that_were_computed_are_kept(load):
 def test_a_long_run_finds_the_size_of_its_packs(way, tmp_path, monkeypatch):
     monkeypatch.setenv("LLAMACRAB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(tuning.Calibration, "PACKS_EACH", 1)
-    texts = [f"crab number {i} walks sideways" for i in range(5000)]
+    texts = [f"crab number {i} walks sideways" for i in range(15_000)]
     with Llama(DATA / "tiny-bert.gguf", n_contexts=1, n_threads=1) as llama:
         if way == "embed_texts":
             llama.embed_texts(texts)

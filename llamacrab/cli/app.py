@@ -44,6 +44,7 @@ FOLDER_OPTIONS = (
     "on_error",
     "export",
     "overwrite",
+    "append",
     "json_progress",
 )
 POOLINGS = {pooling.name.lower(): pooling for pooling in PoolingType if pooling >= 0}
@@ -240,6 +241,7 @@ def _open(model: Path | None, pooling: PoolingType, **sizes: Any) -> Llama:
     help="Make this of a folder too: a .duckdb or .lancedb database, or a .usearch index.",
 )
 @click.option("--overwrite", is_flag=True, help="Begin a folder anew.")
+@click.option("--append", is_flag=True, help="Embed what was added at the end of INPUT.")
 @click.option("--json-progress", is_flag=True, help="Print progress as lines of JSON.")
 @_model_options
 def embed(
@@ -259,6 +261,7 @@ def embed(
     on_error: Literal["fail", "skip"],
     export: tuple[Path, ...],
     overwrite: bool,
+    append: bool,
     json_progress: bool,
     model: Path | None,
     truncate: Truncate,
@@ -311,6 +314,7 @@ def embed(
                 on_error=on_error,
                 export=export,
                 overwrite=overwrite,
+                append=append,
                 progress=sys.stderr.isatty() and not json_progress,
                 on_progress=(lambda state: click.echo(json.dumps(state)))
                 if json_progress

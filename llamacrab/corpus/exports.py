@@ -6,6 +6,7 @@ made again, and what is there is whole.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llamacrab._support.extras import require
+from llamacrab._support.files import sync_folder, sync_tree
 from llamacrab.corpus import shards
 from llamacrab.errors import CorpusError, InputError
 
@@ -53,12 +55,17 @@ def write(folder: Path, files: list[str], path: Path) -> None:
     pa_dataset = require("pyarrow.dataset", extra="corpus")
     kind = "ipc" if files and files[0].endswith(shards.FORMATS["arrow"]) else "parquet"
     rows = pa_dataset.dataset([folder / name for name in files], format=kind)
-    partial = path.with_name(f".{path.name}.tmp{path.suffix}")
+    # The same for every run of this job, so that a killed one leaves nothing, and for no other job.
+    owner = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
+    partial = path.with_name(f".{path.name}.{owner}.tmp{path.suffix}")
     _remove(partial)
     try:
         _WRITERS[path.suffix][1](rows, partial)
-        _remove(path)
+        sync_tree(partial)
+        if partial.is_dir() or path.is_dir():  # a folder takes the place of no other one
+            _remove(path)
         partial.replace(path)
+        sync_folder(path.parent)
     finally:
         _remove(partial)
 

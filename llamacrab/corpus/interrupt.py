@@ -14,7 +14,8 @@ class Interrupt:
     or on leaving.
 
     An exception between any two steps of the bookkeeping would have a shard counted twice, or not
-    at all. Where the signal is not Python's to handle, or not this thread's, nothing changes.
+    at all. So a second Ctrl-C, too, waits until the bookkeeping is over. Where the signal is not
+    Python's to handle, or not this thread's, nothing changes.
     """
 
     def __init__(self) -> None:
@@ -38,7 +39,8 @@ class Interrupt:
             raise KeyboardInterrupt
 
     def _came(self, number: int, frame: FrameType | None) -> None:
-        if self._open or self._held:  # whoever asks twice means it
+        if self._open:
+            self._open = False  # raised once: what follows is bookkeeping again
             raise KeyboardInterrupt
         self._held = True
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +18,10 @@ import numpy as np
 
 from llamacrab import _core
 from llamacrab._support.extras import require
+from llamacrab._support.files import settle, sha256_of
 from llamacrab._support.versions import __version__
-from llamacrab.corpus import exports, files, shards, vectors
+from llamacrab.corpus import exports, files, lock, shards
+from llamacrab.corpus.identity import Finished, RowsHash, identity
 from llamacrab.corpus.interrupt import Interrupt
 from llamacrab.corpus.manifest import Manifest, Shard
 from llamacrab.corpus.progress import Progress
@@ -76,6 +79,7 @@ def embed_corpus(
     on_error: Literal["fail", "skip"] = "fail",
     export: str | PathLike[str] | Sequence[str | PathLike[str]] = (),
     overwrite: bool = False,
+    append: bool = False,
     progress: bool = False,
     on_progress: Callable[[dict[str, Any]], Any] | None = None,
 ) -> Summary:
@@ -99,7 +103,8 @@ def embed_corpus(
     input_format : {"lines", "jsonl", "csv", "tsv", "parquet", "arrow"}, optional
         What the files hold; by default what their names say.
     keep : sequence of str
-        Columns that go along into the shards, an id for example.
+        Columns that go along into the shards, an id for example. Each has one type in all shards:
+        the narrowest that holds all of its values.
     keep_text : bool
         Put the texts into the shards too.
     format : {"parquet", "arrow", "npy", "jsonl"}
@@ -110,14 +115,18 @@ def embed_corpus(
     options : EmbedOptions, optional
         How texts become vectors.
     on_error : {"fail", "skip"}
-        What to do with a row that cannot be read or embedded: raise, with the shards before it
-        kept; or leave it out, and list it with the reason in ``part-*.rejects.jsonl``.
+        What to do with a row that cannot be read or embedded, or has a value that does not fit the
+        type of its column: raise, with the shards before it kept; or leave it out, and list it with
+        the reason in ``part-*.rejects.jsonl``.
     export : path or sequence of paths
         Files to make of the shards when all are there: a database with the table ``embeddings``
         that ends in ``.duckdb`` or ``.lancedb``, or an index that ends in ``.usearch``, whose
         keys are the column ``row`` (extra ``indexes``).
     overwrite : bool
-        Begin anew, whatever the folder holds.
+        Begin again from the first row: the shards that the folder's manifest lists are removed.
+    append : bool
+        Embed what was added at the end of the source since the job was complete. The rows that are
+        embedded already must be as they were; they are read, and compared.
     progress : bool
         Show a progress bar (extra ``progress``).
     on_progress : callable, optional
@@ -130,7 +139,8 @@ def embed_corpus(
     Raises
     ------
     CorpusError
-        The folder holds another job, the source cannot be read, or a row is wrong.
+        The folder holds another job, or another process is at work in it; the source cannot be read
+        or has changed; or a row is wrong.
     InputError, MissingExtraError
         An argument makes no sense, or needs a package that is not installed.
     OSError
@@ -154,39 +164,47 @@ def embed_corpus(
     if input_format not in (None, *files.KINDS):
         known = ", ".join(files.KINDS)
         raise InputError(f"input_format must be one of {known}, not {input_format!r}")
+    if overwrite and append:
+        raise InputError("overwrite and append exclude each other")
     require("pyarrow", extra="corpus")
     reader = Source(source, text=text, keep=tuple(keep), kind=input_format)
-    with _loaded(model, devices) as llama:
-        job = {
-            "source": reader.fingerprint(),
-            "text": text,
-            "input_format": input_format,
-            "keep": list(keep),
-            "keep_text": keep_text,
-            **vectors.describe(llama, how),
-            "format": format,
-            "on_error": on_error,
-        }
-        manifest = _manifest(folder, job, overwrite=overwrite)
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock.held(folder), _loaded(model, devices) as llama, _background() as (pool, stop):
+        # Files are hashed while the first rows are computed.
+        job = pool.submit(
+            identity,
+            llama,
+            reader,
+            how,
+            stop,
+            text=text,
+            input_format=input_format,
+            keep=list(keep),
+            keep_text=keep_text,
+            format=format,
+            on_error=on_error,
+        )
+        manifest = _manifest(folder, job, overwrite=overwrite, append=append)
         for target in targets:
             manifest.refuse_foreign(target)
-        manifest.save(folder)
         run = _Run(
             llama,
             folder,
             manifest,
             reader,
+            job,
             how=how,
             kind=format,
             shard_rows=shard_rows,
             skip=on_error == "skip",
             keep_text=keep_text,
+            append=append,
         )
         n_resumed = manifest.n_read
         n_total = reader.n_rows() if progress or on_progress else None
         told = Progress(n_resumed, n_total, bar=progress, call=on_progress)
         with contextlib.closing(told):
-            if not manifest.complete:
+            if not manifest.complete or manifest.job != job.result() or not reader.has_files:
                 run.go(told)
             if manifest.complete:
                 for target in targets:
@@ -218,26 +236,38 @@ def _loaded(
     yield model
 
 
-def _manifest(folder: Path, job: dict[str, Any], *, overwrite: bool) -> Manifest:
-    """Return what is finished of a job in its folder, which is made if need be."""
-    folder.mkdir(parents=True, exist_ok=True)
-    made: dict[str, bool] = {}
-    manifest = None
-    if overwrite:
-        with contextlib.suppress(CorpusError):
-            old = Manifest.load(folder)
-            made = dict.fromkeys(old.exports if old else (), False)
-    else:
-        manifest = Manifest.load(folder)
-        if manifest is None and any(folder.glob("part-*")):
-            raise CorpusError(
-                f"{folder} holds shards but no manifest: overwrite it, or take another"
-            )
-    if manifest is None:
-        manifest = Manifest(job, _versions(), exports=made)
-    manifest.refuse_other(job, folder)
-    manifest.drop_damaged(folder)
-    shards.clean(folder, manifest.shards)
+@contextlib.contextmanager
+def _background() -> Iterator[tuple[ThreadPoolExecutor, threading.Event]]:
+    """Have a thread for one task, and an event that stops it, which is set on leaving."""
+    stop = threading.Event()
+    with ThreadPoolExecutor(1, "llamacrab-identity") as pool:
+        try:
+            yield pool, stop
+        finally:
+            stop.set()
+
+
+def _manifest(
+    folder: Path, job: Future[dict[str, Any]], *, overwrite: bool, append: bool
+) -> Manifest:
+    """Return what is finished of a job in its folder, and remove what is not."""
+    try:
+        manifest = Manifest.load(folder) or Manifest()
+    except CorpusError:
+        if not overwrite:
+            raise
+        manifest = Manifest()  # which shards it listed is not known, so that they stay in the way
+    unfinished = [manifest.writing] if manifest.writing else []
+    if manifest.shards and not overwrite:
+        manifest.refuse_other(job.result(), folder, append=append)
+        unfinished += manifest.keep(manifest.n_sound(folder))
+    else:  # where nothing was finished, another job may begin
+        unfinished += manifest.keep(0)
+        manifest = Manifest(exports=dict.fromkeys(manifest.exports, False))
+    shards.clean(folder, manifest.shards, unfinished)
+    if unfinished:
+        manifest.writing = None
+        manifest.save(folder)
     return manifest
 
 
@@ -250,17 +280,21 @@ class _Run:
         folder: Path,
         manifest: Manifest,
         source: Source,
+        job: Future[dict[str, Any]],
         *,
         how: EmbedOptions,
         kind: str,
         shard_rows: int,
         skip: bool,
         keep_text: bool,
+        append: bool,
     ) -> None:
         self._llama = llama
         self._folder = folder
         self._manifest = manifest
         self._source = source
+        self._job = job
+        self._may_grow = append or not manifest.complete
         self._how = how
         self._kind = kind
         self._shard_rows = shard_rows
@@ -283,9 +317,10 @@ class _Run:
         with self._interrupt, ThreadPoolExecutor(1, "llamacrab-writer") as writer:
             written: Future[Shard] | None = None
 
-            def write() -> None:
+            def turn() -> None:
+                """Count in the shard that was being written, and begin to write the next."""
                 nonlocal written, pending
-                self._take(written)
+                self._count(written, more=bool(pending))
                 written = writer.submit(self._write, pending) if pending else None
                 pending = []
 
@@ -295,43 +330,96 @@ class _Run:
                     pending.append((block, rows, done))
                     told.tell(block.first + len(block.texts), self.n_tokens())
                     if sum(len(b.texts) for b, _, _ in pending) >= self._shard_rows:
-                        write()
-                write()
-                self._take(written)
-                self._manifest.complete = True
-                self._manifest.save(self._folder)
+                        turn()
+                turn()
+                turn()
+                self._complete()
             except (KeyboardInterrupt, LlamaError) as error:
                 # What is computed is kept, in a shard that is shorter than the others.
                 computed.close()
-                write()
-                self._take(written)
+                turn()
+                turn()
                 if not isinstance(error, KeyboardInterrupt):
                     raise
 
-    def _take(self, written: Future[Shard] | None) -> None:
-        """Count a shard in, once its file is there."""
-        if written is None:
+    def _count(self, written: Future[Shard] | None, *, more: bool) -> None:
+        """Count a shard in, once its file is there, and say in the manifest what comes next."""
+        if written is None and not more:
             return
+        manifest = self._manifest
+        job = self._identity()
         try:
-            self._manifest.shards.append(written.result())
-            self._manifest.save(self._folder)
+            if written is not None:
+                manifest.count(written.result())
+            if more:
+                manifest.reopen()
+                manifest.writing = shards.name_of(len(manifest.shards), self._kind)
+            manifest.job, manifest.made_with = job, manifest.made_with or _versions()
+            manifest.save(self._folder)
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"{error.strerror}: cannot write to {self._folder}; {self._manifest.n_read} rows "
+                f"{error.strerror}: cannot write to {self._folder}; {manifest.n_read} rows "
                 "are finished, start again to go on",
             ) from error
 
+    def _identity(self) -> dict[str, Any]:
+        """Return what the job is; a first run has begun before that is known."""
+        if self._job.done():
+            return self._job.result()
+        with self._interrupt.allowed():
+            return self._job.result()
+
+    def _complete(self) -> None:
+        """Note that the source has been read to its end."""
+        manifest = self._manifest
+        job = self._identity()
+        self._source.refuse_changed()
+        if self._source.columns.widened and self._kind in ("parquet", "arrow"):
+            self._recast()
+        manifest.job, manifest.made_with = job, manifest.made_with or _versions()
+        manifest.complete = True
+        manifest.save(self._folder)
+
+    def _recast(self) -> None:
+        """Give the columns of all shards the types that they came to have at the end."""
+        manifest, folder = self._manifest, self._folder
+        for k, shard in enumerate(manifest.shards):
+            with self._interrupt.allowed():
+                pass
+            partial = shards.recast(folder, shard.name, self._source.columns.types)
+            if partial is None:
+                continue
+            # Killed here, the file is the old one or the new one, and the manifest knows both.
+            checksum = sha256_of(partial)
+            manifest.recast[shard.name] = checksum
+            manifest.save(folder)
+            settle(partial, folder / shard.name)
+            manifest.shards[k] = replace(shard, sha256=checksum)
+        manifest.recast = {}
+
     def _blocks(self) -> Iterator[Block]:
-        """Yield what is left of the source, in blocks that do not cross the bounds of shards."""
-        start = self._manifest.n_read
-        for block in self._source.blocks(start):
+        """Yield what is left of the source, in blocks that do not cross the bounds of shards.
+
+        What is finished is read too, to compare it.
+        """
+        start, n_rows = self._manifest.n_read, 0
+        finished = Finished(self._manifest.shards)
+        for whole in self._source.blocks(0):
+            n_rows += len(whole.texts)
+            block = finished.rest_of(whole)
+            if block.texts and not self._may_grow:
+                raise CorpusError(
+                    f"the source has more rows than the {start} that are finished: append=True "
+                    "(--append) embeds them"
+                )
             at = 0
             while at < len(block.texts):
                 left = self._shard_rows - (block.first + at - start) % self._shard_rows
                 size = min(left, self._block_rows(block.first + at - start), len(block.texts) - at)
                 yield block.slice(at, at + size)
                 at += size
+        finished.end(n_rows)
 
     def _block_rows(self, n_read: int) -> int:
         """Return how many rows take about a second: what Ctrl-C, or a crash, costs at most."""
@@ -344,8 +432,9 @@ class _Run:
             blocks, unreadable = self._blocks(), None
             while True:
                 try:
-                    block = next(blocks, None)
-                except CorpusError as error:  # told of once what was read before it is computed
+                    with self._interrupt.allowed():
+                        block = next(blocks, None)
+                except CorpusError as error:  # raised once what was read before it is computed
                     block, unreadable = None, error
                 if block is None:
                     break
@@ -395,7 +484,8 @@ class _Run:
         kept = []
         for i in places:
             try:
-                kept.append(self._llama.embed(block.texts[i], options=self._how))
+                with self._interrupt.allowed():
+                    kept.append(self._llama.embed(block.texts[i], options=self._how))
             except (InputError, NumericalError) as wrong:
                 reason = str(wrong).replace("text 0", "the text", 1)
                 if not self._skip:
@@ -410,11 +500,14 @@ class _Run:
         done = np.concatenate([one for _, _, one in blocks])
         first = blocks[0][0].first
         texts = [text for block, _, _ in blocks for text in block.texts]
+        rows_hash = RowsHash()
+        for block, _, _ in blocks:
+            rows_hash.update(block)
         carried = None
         if blocks[0][0].carried is not None:
             pa = require("pyarrow", extra="corpus")
             tables = [block.carried for block, _, _ in blocks]
-            carried = pa.concat_tables(tables, promote_options="default").filter(pa.array(done))
+            carried = pa.concat_tables(tables, promote_options="permissive").filter(pa.array(done))
         return shards.write(
             self._folder,
             shards.name_of(len(self._manifest.shards), self._kind),
@@ -430,6 +523,7 @@ class _Run:
             ],
             first=first,
             n_read=len(done),
+            rows=rows_hash.hexdigest(),
         )
 
 
@@ -447,6 +541,7 @@ def _export(folder: Path, manifest: Manifest, target: Path) -> None:
     name = str(target.absolute())
     if manifest.exports.get(name) and target.exists():
         return
+    manifest.refuse_foreign(target)  # it may have come meanwhile
     manifest.exports[name] = False  # from now on, what lies there is this job's to replace
     manifest.save(folder)
     exports.write(folder, [shard.name for shard in manifest.shards], target)

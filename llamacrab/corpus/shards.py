@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llamacrab._support.extras import require
-from llamacrab._support.fetch import sha256_of
-from llamacrab.corpus.manifest import Shard, sync_folder
+from llamacrab._support.files import settle, sha256_of, temporary, write_whole
+from llamacrab.corpus.manifest import Shard
+from llamacrab.errors import CorpusError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,12 +30,28 @@ def rejects_of(name: str) -> str:
     return f"{Path(name).stem}.rejects.jsonl"
 
 
-def clean(folder: Path, finished: Sequence[Shard]) -> None:
-    """Remove what an earlier run left behind unfinished."""
-    kept = {shard.name for shard in finished}
-    kept |= {rejects_of(name) for name in kept}
-    for path in [*folder.glob("part-*"), *folder.glob(".part-*"), *folder.glob(".manifest*")]:
-        if path.name not in kept:
+def clean(folder: Path, finished: Sequence[Shard], unfinished: Sequence[str]) -> None:
+    """Remove what an earlier run left behind unfinished: these files, and temporary ones.
+
+    Raises
+    ------
+    CorpusError
+        There are files, not this job's, that would be taken for its shards. Nothing is removed.
+    """
+    names = {*unfinished, *(shard.name for shard in finished)}
+    names |= {rejects_of(name) for name in names}
+    foreign = sorted({path.name for path in folder.glob("part-*")} - names)
+    if foreign:
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise CorpusError(
+            f"{folder} holds {foreign[0]}{more}, which its manifest does not list: move or remove "
+            "such files, or take another folder"
+        )
+    for name in unfinished:
+        (folder / name).unlink(missing_ok=True)
+        (folder / rejects_of(name)).unlink(missing_ok=True)
+    for pattern in (".part-*.tmp", ".manifest.json.*.tmp", ".lock.json.*.tmp"):
+        for path in folder.glob(pattern):
             path.unlink()
 
 
@@ -51,6 +67,7 @@ def write(
     *,
     first: int,
     n_read: int,
+    rows: str,
 ) -> Shard:
     """Write one shard and what was rejected of its rows.
 
@@ -68,9 +85,11 @@ def write(
         Rows that have no vector, each with its number and the reason.
     first, n_read : int
         What of the source it covers.
+    rows : str
+        The hash of that.
     """
-    partial = folder / f".{name}.tmp"
-    listed = folder / f".{rejects_of(name)}.tmp"
+    partial = temporary(folder / name)
+    listed = folder / rejects_of(name)
     try:
         if kind == "npy":
             with partial.open("wb") as file:
@@ -79,17 +98,47 @@ def write(
             _write_table(_table(numbers, texts, carried, vectors), partial, kind)
         if rejects:
             lines = (json.dumps(reject, ensure_ascii=False) + "\n" for reject in rejects)
-            listed.write_text("".join(lines), encoding="utf-8")
-            _settle(listed, folder / rejects_of(name))
+            write_whole(listed, "".join(lines).encode())
         checksum = sha256_of(partial)
-        _settle(partial, folder / name)
+        settle(partial, folder / name)
     except BaseException:
         # Where a disk is full, what is half written is in the way.
         partial.unlink(missing_ok=True)
         listed.unlink(missing_ok=True)
         raise
-    sync_folder(folder)
-    return Shard(name, first, n_read, len(vectors), checksum)
+    return Shard(name, first, n_read, len(vectors), checksum, rows)
+
+
+def recast(folder: Path, name: str, types: dict[str, Any]) -> Path | None:
+    """Write a shard again with these types of columns, and return the temporary file.
+
+    Return None where the shard has them already.
+    """
+    path = folder / name
+    kind = next(kind for kind, suffix in FORMATS.items() if suffix == path.suffix)
+    table = _read_table(path, kind)
+    changed = [column for column, one in types.items() if table.schema.field(column).type != one]
+    if not changed:
+        return None
+    for column in changed:
+        place = table.schema.get_field_index(column)
+        table = table.set_column(place, column, table.column(column).cast(types[column]))
+    partial = temporary(path)
+    try:
+        _write_table(table, partial, kind)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    return partial
+
+
+def _read_table(path: Path, kind: str) -> Any:
+    if kind == "parquet":
+        with require("pyarrow.parquet", extra="corpus").ParquetFile(path) as file:
+            return file.read()
+    pa = require("pyarrow", extra="corpus")
+    with pa.OSFile(str(path)) as source, pa.ipc.open_file(source) as file:
+        return file.read_all()
 
 
 def _write_table(table: Any, path: Path, kind: str) -> None:
@@ -103,16 +152,6 @@ def _write_table(table: Any, path: Path, kind: str) -> None:
         with path.open("w", encoding="utf-8") as file:
             for row in table.to_pylist():
                 file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-
-
-def _settle(partial: Path, whole: Path) -> None:
-    """Have a file reach the disk, and give it its name."""
-    handle = os.open(partial, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-    partial.replace(whole)
 
 
 def _table(numbers: np.ndarray, texts: list[str] | None, carried: Any, vectors: np.ndarray) -> Any:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import sys
+import threading
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from llamacrab._support.extras import require
+from llamacrab._support.files import content_hashes
 from llamacrab.corpus import files
+from llamacrab.corpus.columns import Columns
 from llamacrab.corpus.files import Wrong
 from llamacrab.errors import CorpusError
 from llamacrab.requests.texts import as_iterator
-from llamacrab.tuning import content_key
 
 # Rows that are read at once.
 BLOCK = 1024
@@ -80,13 +82,40 @@ class Source:
         self._kind = kind
         self._paths = files.find(data, kind)
         self._data = data
+        self._stamps = self._stamped()
+        self.columns = Columns(keep)
 
-    def fingerprint(self) -> Any:
-        """Return what tells this source from another one, as far as that is known."""
-        if self._paths is not None:
-            return [[path.name, content_key(path)] for path in self._paths]
-        shape = getattr(self._data, "shape", None)
-        return [type(self._data).__name__, list(shape) if shape else None]
+    @property
+    def has_files(self) -> bool:
+        """Whether it can be known again without being read."""
+        return self._paths is not None
+
+    def fingerprint(self, stop: threading.Event | None = None) -> list[list[Any]] | None:
+        """Return name, size and hash of every file, which takes a while; None without files.
+
+        What has no files is known by its rows alone.
+        """
+        if self._paths is None:
+            return None
+        hashes = content_hashes(self._paths, stop)
+        sizes = [path.stat().st_size for path in self._paths]
+        names = [path.name for path in self._paths]
+        return [list(one) for one in zip(names, sizes, hashes, strict=True)]
+
+    def refuse_changed(self) -> None:
+        """Raise if a file has changed since this source was made."""
+        for path, before, now in zip(
+            self._paths or [], self._stamps, self._stamped(), strict=False
+        ):
+            if before != now:
+                raise CorpusError(
+                    f"{path} has changed while it was read: start again, with append=True "
+                    "(--append) if rows were added at its end"
+                )
+
+    def _stamped(self) -> list[tuple[int, int]]:
+        found = [path.stat() for path in self._paths or []]
+        return [(about.st_size, about.st_mtime_ns) for about in found]
 
     def n_rows(self) -> int | None:
         """Return how many rows there are, where that is soon known."""
@@ -110,6 +139,7 @@ class Source:
     def blocks(self, start: int) -> Iterator[Block]:
         """Yield the rows from row `start` on."""
         first = 0
+        self.columns = Columns(self._keep)
         try:
             for texts, carried, reasons in self._read():
                 block = Block(first, texts, carried, reasons)
@@ -161,8 +191,7 @@ class Source:
         )
         for batch in batches:
             rows = pa.Table.from_batches([batch])
-            texts, reasons = _checked(_values(pa, rows.column(self._text)), f"{name}: ")
-            yield texts, rows.select(list(self._keep)) if self._keep else None, reasons
+            yield self._gathered(_values(pa, rows.column(self._text)), rows, f"{name}: ")
 
     def _from_rows(self, rows: Iterable[Any]) -> Iterator[tuple[list[Any], Any, dict[int, str]]]:
         texts: list[Any] = []
@@ -184,11 +213,10 @@ class Source:
         if texts:
             yield self._gathered(texts, carried)
 
-    def _gathered(self, texts: list[Any], carried: list[dict[str, Any]]) -> Any:
-        checked, reasons = _checked(texts)
-        if not self._keep:
-            return checked, None, reasons
-        table = require("pyarrow", extra="corpus").Table.from_pylist(carried)
+    def _gathered(self, texts: list[Any], carried: Any, where: str = "") -> Any:
+        table, wrong = self.columns.take(carried)
+        fitting = [Wrong(wrong[i]) if i in wrong else text for i, text in enumerate(texts)]
+        checked, reasons = _checked(fitting, where)
         return checked, table, reasons
 
 

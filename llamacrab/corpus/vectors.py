@@ -10,19 +10,20 @@ import functools
 import hashlib
 import json
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from llamacrab import tuning
 from llamacrab._core import PoolingType
 from llamacrab._support.extras import require
 from llamacrab._support.fetch import sha256_of
+from llamacrab._support.files import write_whole
 from llamacrab._support.versions import __version__
 from llamacrab.corpus import shards
-from llamacrab.corpus.manifest import Manifest, Shard, write_whole
+from llamacrab.corpus.identity import describe
+from llamacrab.corpus.manifest import Manifest, Shard
 from llamacrab.errors import CorpusError
 from llamacrab.similarity import semantic_search, semantic_search_binary
 
@@ -40,16 +41,6 @@ VERSION = 1
 BITS = ("binary", "ubinary")
 # What a list of numbers in JSON was; all else is compared as float32.
 _JSON_DTYPES = {"binary": np.int8, "ubinary": np.uint8}
-
-
-def describe(llama: Llama, how: EmbedOptions) -> dict[str, Any]:
-    """Return what makes embeddings what they are, as JSON holds it."""
-    ranges = None if how.ranges is None else np.asarray(how.ranges).tolist()
-    return {
-        "model": tuning.content_key(Path(llama.model.path)),
-        "pooling_type": llama.pooling_type.name,
-        "options": {**asdict(replace(how, ranges=None)), "ranges": ranges},
-    }
 
 
 def prompt_of(llama: Llama, options: dict[str, Any]) -> str:
@@ -134,9 +125,10 @@ class Vectors:
         manifest = Manifest.load(self.path)
         if manifest is None:
             raise CorpusError(f"{self.path} has no manifest.json: it is no folder that embed wrote")
-        if damaged := manifest.drop_damaged(self.path):
+        if (n_sound := manifest.n_sound(self.path)) < len(manifest.shards):
+            damaged = self.path / manifest.shards[n_sound].name
             raise CorpusError(
-                f"{self.path / damaged[0]} is damaged or missing: the same embed again mends it"
+                f"{damaged} is damaged or missing: run the same embed again to replace it"
             )
         if not manifest.complete:
             raise CorpusError(

@@ -28,6 +28,7 @@ from llamacrab._core import (
     build_info,
     default_n_threads,
     devices,
+    kernels,
 )
 from llamacrab._support.extras import require
 from llamacrab._support.fetch import cache_dir
@@ -121,6 +122,20 @@ def has_gpu(names: Sequence[str] | None = None) -> bool:
     )
 
 
+def backends(models: Sequence[Model], on_gpu: Sequence[bool]) -> list[str]:
+    """Return what computes these models: kinds of GPU, sets of kernels, or ggml."""
+    gpus = [device["name"] for device in devices() if device["type"] in ("GPU", "IGPU")]
+    found = set()
+    for model, gpu in zip(models, on_gpu, strict=True):
+        if gpu:
+            found.add((model.device or gpus[0]).rstrip("0123456789").upper())
+        elif model.cpu_backend == "ggml":
+            found.add("ggml")
+        else:
+            found.add(f"{model.cpu_backend} {kernels()}")
+    return sorted(found)
+
+
 # ------------------------------------------------------------------------------------ choosing
 
 
@@ -176,7 +191,11 @@ def guess(*, on_gpu: bool, given: Layout, n_replicas: int = 1, cpu_backend: str 
 
 
 def content_key(path: Path, size: int = 1 << 20) -> str:
-    """Name a large file by its length, its beginning and its end."""
+    """Name a large file by its length, its beginning and its end.
+
+    That is quick, and enough for what it is used for: a measurement that is taken for another
+    model's costs speed, and changes no row. Elsewhere `_support.files.model_hashes` is used.
+    """
     length = path.stat().st_size
     digest = hashlib.sha256(str(length).encode())
     with path.open("rb") as file:
