@@ -36,7 +36,7 @@ def main() -> None:
             job.seal()
             return job.wait()
 
-        tokens = [len(encoder.encode(document)) for document in documents]
+        tokens = [len(encoder.tokenize(document)) for document in documents]
         print(f"{np.mean(tokens):.0f} tokens a pair; least and greatest difference of a score:")
         off = np.abs(score(True) - score(False))
         print(f"  {off.min():.1e}, {off.max():.1e}")

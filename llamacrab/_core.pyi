@@ -66,9 +66,9 @@ class Vocab:
     @property
     def add_sep(self) -> bool: ...
     @property
-    def prefix(self) -> tuple[int, ...]: ...
+    def prefix_ids(self) -> tuple[int, ...]: ...
     @property
-    def suffix(self) -> tuple[int, ...]: ...
+    def suffix_ids(self) -> tuple[int, ...]: ...
     @property
     def segment_b_offset(self) -> int | None: ...
     def __len__(self) -> int: ...
@@ -221,7 +221,7 @@ class Context:
     ) -> None: ...
 
 @disjoint_base
-class Encoder:
+class Tokenization:
     def __init__(
         self,
         vocab: Vocab,
@@ -229,10 +229,10 @@ class Encoder:
         limit: int,
         truncate: _Truncate = False,
         parse_special: bool = False,
-        prefix: Sequence[int] | None = None,
-        suffix: Sequence[int] | None = None,
-        lead: str = "",
-        trail: str = "",
+        prefix_ids: Sequence[int] | None = None,
+        suffix_ids: Sequence[int] | None = None,
+        prefix_text: str = "",
+        suffix_text: str = "",
         shift: int = 0,
         text_only: bool = False,
         advice: str = "pass truncate=True to cut it",
@@ -240,7 +240,7 @@ class Encoder:
     ) -> None: ...
     @property
     def vocab(self) -> Vocab: ...
-    def encode(self, text: str | _Ids, index: int = 0) -> _Int32: ...
+    def tokenize(self, text: str | _Ids, index: int = 0) -> _Int32: ...
 
 @disjoint_base
 class Scheduler:
@@ -269,7 +269,7 @@ class Scheduler:
     def shares_prefix(self) -> bool: ...
     def job(
         self,
-        encoder: Encoder,
+        tokenization: Tokenization,
         n_texts: int,
         *,
         norm: float = 0.0,
@@ -294,7 +294,7 @@ class Job:
     def __init__(
         self,
         scheduler: Scheduler,
-        encoder: Encoder,
+        tokenization: Tokenization,
         n_texts: int,
         norm: float,
         width: int,

@@ -50,7 +50,7 @@ def _doubts(model: Model, pooling_type: PoolingType, n_ctx: int) -> Iterator[str
         )
     vocab = model.vocab
     # BERT's vocabularies are closed by SEP whatever the flags say.
-    if vocab.vocab_type in (VocabType.NONE, VocabType.WPM) or vocab.eos is None or vocab.suffix:
+    if vocab.vocab_type in (VocabType.NONE, VocabType.WPM) or vocab.eos is None or vocab.suffix_ids:
         return
     if pooling_type == PoolingType.LAST and "tokenizer.ggml.add_eos_token" not in model.metadata:
         yield (

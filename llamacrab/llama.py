@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import numpy as np
 
-from llamacrab._core import Encoder, PoolingType, Scheduler, SplitMode
+from llamacrab._core import PoolingType, Scheduler, SplitMode, Tokenization
 from llamacrab._diagnostics import log_doubts, log_missing_gpu
 from llamacrab._engine import Engine
 from llamacrab.errors import ClosedError, DeviceError, InputError, PoolingError
@@ -438,7 +438,7 @@ class Llama:
                 "pooling_type=PoolingType.NONE for the vectors of tokens"
             )
         pipeline = self._pipeline(merge(options, changes))
-        ids = pipeline.tokenization.encode(text)
+        ids = pipeline.tokenization.tokenize(text)
         unprompted = self._pipeline(replace(pipeline.options, prompt=None, prompt_name=None))
         vectors = self._engine.run(EmbedRequest(unprompted, [ids], single=True))
         return TokenEmbeddings(ids, pipeline.offsets(text, ids), vectors)
@@ -865,7 +865,7 @@ class Llama:
         self, pairs: list[Any], activation: Activation, truncate: Truncate
     ) -> RerankRequest:
         return RerankRequest(
-            Encoder(self.model.vocab, limit=self.n_ctx),
+            Tokenization(self.model.vocab, limit=self.n_ctx),
             Pairs(
                 self.model,
                 pairs,

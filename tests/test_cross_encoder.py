@@ -81,7 +81,7 @@ def test_the_document_is_segment_b(cross):
     offset = cross.model.vocab.segment_b_offset
     cases = zip(CASES, ragged(want), ragged(want, "types"), strict=True)
     for (query, document), ids, types in cases:
-        got = PairTemplate(cross.model, query).tokenization(limit=128).encode(document)
+        got = PairTemplate(cross.model, query).tokenization(limit=128).tokenize(document)
         np.testing.assert_array_equal(got, ids + offset * types)
 
 
@@ -244,7 +244,7 @@ def test_used_as_an_embedder_it_embeds_segment_a(path, load):
 def test_a_cut_document_is_still_segment_b(cross, side):
     offset = cross.model.vocab.segment_b_offset
     template = PairTemplate(cross.model, "who eats crabs?")
-    ids = template.tokenization(limit=60, truncate=side).encode("gulls " * 400)
+    ids = template.tokenization(limit=60, truncate=side).tokenize("gulls " * 400)
     n_query = len(cross.model.vocab.tokenize("who eats crabs?"))
     assert len(ids) == 60
     assert (ids[:n_query] < offset).all()

@@ -334,8 +334,8 @@ def test_a_cut_text_keeps_its_closing_tokens(load, name):
     llama = load(name)
     vocab = llama.model.vocab
     whole = vocab.tokenize(" ".join(TEXTS))
-    kept = llama.n_ctx - len(vocab.suffix)
-    cut = np.concatenate([whole[:kept], np.array(vocab.suffix, dtype=np.int32)])
+    kept = llama.n_ctx - len(vocab.suffix_ids)
+    cut = np.concatenate([whole[:kept], np.array(vocab.suffix_ids, dtype=np.int32)])
     row = llama.embed(" ".join(TEXTS), truncate=True)
     assert float(row @ llama.embed(cut)) > 0.9999
     assert float(row @ llama.embed(whole, truncate=True)) > 0.9999

@@ -103,7 +103,7 @@ def test_pair_ids_equal_those_of_transformers(load, name):
     model = load(name).model
     for (query, document), ids in zip(want["pairs"], ragged(want), strict=True):
         template = PairTemplate(model, PAIRS["queries"][query])
-        got = template.tokenization(limit=512).encode(PAIRS["documents"][document])
+        got = template.tokenization(limit=512).tokenize(PAIRS["documents"][document])
         np.testing.assert_array_equal(got, ids)
 
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamacrab import Llama
-from llamacrab._core import Encoder
+from llamacrab._core import Tokenization
 from llamacrab.errors import ModelCorruptError
 
 ODD = [
@@ -155,7 +155,7 @@ def test_ids_around_a_text_that_no_vocabulary_holds_are_refused(load):
     vocab = load("tiny-bert").model.vocab
     for ids in ([605], [-1], [1.5], [[1]], ["a"]):
         with pytest.raises(ValueError, match=r"range\(605\)|integers"):
-            Encoder(vocab, limit=20, suffix=ids)
+            Tokenization(vocab, limit=20, suffix_ids=ids)
 
 
 @settings(max_examples=300, deadline=None)

@@ -25,7 +25,7 @@ from helpers import (
 )
 
 from llamacrab import Batch, Context, Llama, Model, PoolingType, errors
-from llamacrab._core import Encoder
+from llamacrab._core import Tokenization
 from llamacrab.requests.pair_template import PairTemplate
 from llamacrab.requests.reranking import Scoring
 
@@ -93,7 +93,7 @@ def test_mnf_08_special_tokens_count_and_the_closing_one_is_kept(load):
     vocab = llama.model.vocab
     fitting = vocab.tokenize("crab " * 200, add_special=False)[: llama.n_ctx - 2]
     assert len(fitting) == llama.n_ctx - 2
-    exact = [*vocab.prefix, *fitting, *vocab.suffix]
+    exact = [*vocab.prefix_ids, *fitting, *vocab.suffix_ids]
     assert cosines(llama.embed("crab " * 200, truncate=True), llama.embed(exact)) > 0.9999
 
 
@@ -101,7 +101,7 @@ def test_mnf_08_special_tokens_count_and_the_closing_one_is_kept(load):
 def test_mnf_08_a_cut_anywhere_keeps_both_special_tokens(load, side):
     llama = load("tiny-bert")
     words = " ".join(TEXTS)
-    cut = Encoder(llama.model.vocab, limit=50, truncate=side).encode(words).tolist()
+    cut = Tokenization(llama.model.vocab, limit=50, truncate=side).tokenize(words).tolist()
     vocab = llama.model.vocab
     assert (len(cut), cut[0], cut[-1]) == (50, vocab.bos, vocab.sep)
 
@@ -146,7 +146,7 @@ def test_mnf_14_closing_tokens_follow_the_flags_of_the_gguf(tmp_path, flag):
         gguf_path("tiny-qwen3"), tmp_path / "m.gguf", {"tokenizer.ggml.add_eos_token": (flag, BOOL)}
     )
     with Model(path) as model:
-        assert model.vocab.suffix == ((model.vocab.eos,) if flag else ())
+        assert model.vocab.suffix_ids == ((model.vocab.eos,) if flag else ())
 
 
 def test_mnf_14_a_gguf_that_lacks_the_flag_is_doubted_once_and_can_be_mended(tmp_path, caplog):
@@ -267,7 +267,7 @@ def test_mnf_22_a_raw_score_is_squashed_once(load):
 
 def test_mnf_23_separators_are_those_of_the_model(load):
     model = load("tiny-xlmr-rank").model
-    ids = PairTemplate(model, "q").tokenization(limit=99).encode("d").tolist()
+    ids = PairTemplate(model, "q").tokenization(limit=99).tokenize("d").tolist()
     vocab = model.vocab
     assert ids.count(vocab.eos) + (0 if vocab.sep == vocab.eos else ids.count(vocab.sep)) == 3
     assert b"None" not in b"".join(vocab.token_to_piece(i) for i in ids)
@@ -277,7 +277,7 @@ def test_mnf_23_separators_are_those_of_the_model(load):
 def test_mnf_24_a_causal_reranker_keeps_its_closing_template(load, side):
     llama = load("tiny-qwen3-rank")
     template = PairTemplate(llama.model, "who eats crabs?")
-    cut = template.tokenization(limit=120, truncate=side).encode("crab " * 500)
+    cut = template.tokenization(limit=120, truncate=side).tokenize("crab " * 500)
     assert len(cut) == 120
     text = llama.model.vocab.detokenize(cut)
     before, after = llama.model.chat_template("rerank").split("{document}")

@@ -143,8 +143,8 @@ def test_special_tokens_may_be_left_out_or_replaced(load):
     vocab = llama.model.vocab
     plain = vocab.tokenize(SENTENCE, add_special=False).tolist()
     for start, end in ((False, False), (True, False), (7, True), (9, 11)):
-        head = {True: list(vocab.prefix), False: []}.get(start, [start])
-        tail = {True: list(vocab.suffix), False: []}.get(end, [end])
+        head = {True: list(vocab.prefix_ids), False: []}.get(start, [start])
+        tail = {True: list(vocab.suffix_ids), False: []}.get(end, [end])
         got = llama.embed(SENTENCE, start_token=start, end_token=end)
         assert float(got @ llama.embed(head + plain + tail)) > 0.9999
     with pytest.raises(InputError, match="end_token must be a bool or an id"):
@@ -179,12 +179,12 @@ def test_special_tokens_in_a_prompt_are_read_and_in_a_text_are_not(load, name, c
     assert special not in plain
     lead = vocab.tokenize(prompt, add_special=False, parse_special=True)
     assert (lead == special).sum() == 2
-    want = llama.embed([*vocab.prefix, *lead, *plain, *vocab.suffix])
+    want = llama.embed([*vocab.prefix_ids, *lead, *plain, *vocab.suffix_ids])
     got = llama.embed(text, prompt=prompt, chunk=chunk)
     assert cosines(got, want) > 0.9999
     touching = llama.embed("crab", prompt=f"{spelled}find: the ", chunk=chunk)
     ids = vocab.tokenize("find: the crab", add_special=False)
-    want = llama.embed([*vocab.prefix, special, *ids, *vocab.suffix])
+    want = llama.embed([*vocab.prefix_ids, special, *ids, *vocab.suffix_ids])
     assert cosines(touching, want) > 0.9999
 
 
@@ -289,10 +289,10 @@ def test_chunks_are_embedded_and_averaged_by_their_tokens(load):
     vocab = llama.model.vocab
     long = " ".join(TEXTS[:60])
     ids = vocab.tokenize(long, add_special=False)
-    size = 50 - len(vocab.prefix) - len(vocab.suffix)
+    size = 50 - len(vocab.prefix_ids) - len(vocab.suffix_ids)
     parts = [ids[a:b] for a, b in bounds(len(ids), size, 10)]
     rows = llama.embed_texts(
-        [[*vocab.prefix, *part, *vocab.suffix] for part in parts], normalize=False
+        [[*vocab.prefix_ids, *part, *vocab.suffix_ids] for part in parts], normalize=False
     )
     want = np.average(rows, axis=0, weights=[len(part) for part in parts])
     texts = ["short", long, "", long[:300]]
@@ -314,7 +314,7 @@ def test_chunks_are_embedded_and_averaged_by_their_tokens(load):
 def test_windows_need_no_special_tokens(load, name, start, end):
     llama = load(name)
     vocab = llama.model.vocab
-    head, tail = vocab.prefix if start else (), vocab.suffix if end else ()
+    head, tail = vocab.prefix_ids if start else (), vocab.suffix_ids if end else ()
     long = " ".join(TEXTS[:12])
     ids = vocab.tokenize(long, add_special=False)
     windows = bounds(len(ids), 40 - len(head) - len(tail), 0)
@@ -370,7 +370,7 @@ def test_a_token_stands_where_the_text_has_its_letters(load, name):
     text = "Crabs walk sideways; 3 crabs, two shores."
     got = llama.embed_tokens(text)
     vocab = llama.model.vocab
-    inner = slice(len(vocab.prefix), len(got.ids) - len(vocab.suffix))
+    inner = slice(len(vocab.prefix_ids), len(got.ids) - len(vocab.suffix_ids))
     for i, (start, stop) in zip(got.ids[inner], got.offsets[inner], strict=True):
         piece = vocab.token_to_piece(int(i)).decode().strip()
         if not vocab.is_control(int(i)) and piece:

@@ -30,9 +30,9 @@ def test_scores_do_not_depend_on_order_or_neighbours(load, name):
 def test_only_the_document_is_cut(load, name):
     llama = load(name)
     template = PairTemplate(llama.model, "who eats crabs?")
-    full = template.tokenization(limit=10_000).encode("gulls " * 400).tolist()
-    cut = template.tokenization(limit=100, truncate=True).encode("gulls " * 400).tolist()
-    head = template.tokenization(limit=10_000).encode("").tolist()
+    full = template.tokenization(limit=10_000).tokenize("gulls " * 400).tolist()
+    cut = template.tokenization(limit=100, truncate=True).tokenize("gulls " * 400).tolist()
+    head = template.tokenization(limit=10_000).tokenize("").tolist()
     n_tail = len(template._suffix_ids)
     assert len(cut) == 100
     assert cut[-n_tail:] == full[-n_tail:] == head[-n_tail:]
@@ -40,7 +40,7 @@ def test_only_the_document_is_cut(load, name):
     # The last token of what leads to the document may be split together with its first word.
     assert cut[: len(head) - n_tail - 1] == head[: -n_tail - 1]
     with pytest.raises(errors.TextTooLongError) as info:
-        template.tokenization(limit=100).encode("gulls " * 400)
+        template.tokenization(limit=100).tokenize("gulls " * 400)
     assert info.value.n_tokens == len(full)
 
 
@@ -54,15 +54,17 @@ def test_special_tokens_in_a_query_or_document_stay_text(load):
     model = load("tiny-qwen3-rank").model
     end = model.vocab.tokenize("<|im_end|>", add_special=False, parse_special=True)
     assert len(end) == 1
-    plain = PairTemplate(model, "q").tokenization(limit=500).encode("d")
-    odd = PairTemplate(model, "q <|im_end|>").tokenization(limit=500).encode("d <|im_end|>")
+    plain = PairTemplate(model, "q").tokenization(limit=500).tokenize("d")
+    odd = PairTemplate(model, "q <|im_end|>").tokenization(limit=500).tokenize("d <|im_end|>")
     assert (odd == end[0]).sum() == (plain == end[0]).sum()
 
 
 def test_a_query_that_spells_a_placeholder_stays_a_query(load):
     model = load("tiny-qwen3-rank").model
     text = model.vocab.detokenize(
-        PairTemplate(model, "what is {document}?").tokenization(limit=500).encode("a crab {query}")
+        PairTemplate(model, "what is {document}?")
+        .tokenization(limit=500)
+        .tokenize("a crab {query}")
     )
     assert "what is {document}?" in text
     assert "a crab {query}" in text
@@ -91,7 +93,7 @@ def test_a_reranker_used_as_an_embedder_says_how_to_rerank():
 def test_pairs_of_a_model_without_template_are_those_of_llama_server(load):
     with Model(gguf_path("tiny-xlmr-rank")) as model:
         vocab = model.vocab
-        ids = PairTemplate(model, "query").tokenization(limit=500).encode("document").tolist()
+        ids = PairTemplate(model, "query").tokenization(limit=500).tokenize("document").tolist()
         query = vocab.tokenize("query", add_special=False).tolist()
         document = vocab.tokenize("document", add_special=False).tolist()
         bos, eos, sep = vocab.bos, vocab.eos, vocab.sep
@@ -111,7 +113,7 @@ def test_a_head_of_one_matrix_scores_the_first_token_through_tanh(load, tmp_path
     with Llama(path) as llama:
         scores = llama.rerank("who eats crabs?", PAIRS["documents"])
         pairs = PairTemplate(llama.model, "who eats crabs?").tokenization(limit=512)
-        ids = [pairs.encode(document) for document in PAIRS["documents"]]
+        ids = [pairs.tokenize(document) for document in PAIRS["documents"]]
     rows = load("tiny-jina-v2", PoolingType.CLS).embed_texts(ids, normalize=False)
     np.testing.assert_allclose(scores, np.tanh(rows @ weight[0] + 0.1), atol=5e-3)
     assert np.ptp(scores) > 0.1

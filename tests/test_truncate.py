@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamacrab import EmbedOptions, errors
-from llamacrab._core import Encoder
+from llamacrab._core import Tokenization
 from llamacrab.requests.pair_template import PairTemplate
 
 SIDES = ("end", "start", "middle")
@@ -30,18 +30,18 @@ def test_special_tokens_stay_and_the_text_is_cut_by_the_rule(load, name, side):
     vocab = load(name).model.vocab
     plain = vocab.tokenize(LONG, add_special=False).tolist()
     for limit in (9, 10, 57):
-        room = limit - len(vocab.prefix) - len(vocab.suffix)
-        want = [*vocab.prefix, *kept(plain, room, side), *vocab.suffix]
-        encoder = Encoder(vocab, limit=limit, truncate=side)
-        assert encoder.encode(LONG).tolist() == want
-        assert encoder.encode(vocab.tokenize(LONG)).tolist() == want
+        room = limit - len(vocab.prefix_ids) - len(vocab.suffix_ids)
+        want = [*vocab.prefix_ids, *kept(plain, room, side), *vocab.suffix_ids]
+        encoder = Tokenization(vocab, limit=limit, truncate=side)
+        assert encoder.tokenize(LONG).tolist() == want
+        assert encoder.tokenize(vocab.tokenize(LONG)).tolist() == want
 
 
 @pytest.mark.parametrize("side", SIDES)
 def test_ids_without_special_tokens_are_cut_as_they_are(load, side):
     vocab = load("tiny-bert").model.vocab
     ids = list(range(30, 130))
-    assert Encoder(vocab, limit=7, truncate=side).encode(ids).tolist() == kept(ids, 7, side)
+    assert Tokenization(vocab, limit=7, truncate=side).tokenize(ids).tolist() == kept(ids, 7, side)
 
 
 @settings(max_examples=300, deadline=None)
@@ -54,10 +54,10 @@ def test_ids_without_special_tokens_are_cut_as_they_are(load, side):
 )
 def test_cut_ids_fill_the_limit_and_keep_their_order(load, n, limit, side, opened, closed):
     vocab = load("tiny-bert").model.vocab
-    ids = [*vocab.prefix * opened, *range(30, 30 + n), *vocab.suffix * closed]
+    ids = [*vocab.prefix_ids * opened, *range(30, 30 + n), *vocab.suffix_ids * closed]
     if not ids:
         return
-    got = Encoder(vocab, limit=limit, truncate=side).encode(ids).tolist()
+    got = Tokenization(vocab, limit=limit, truncate=side).tokenize(ids).tolist()
     assert len(got) == min(limit, len(ids))
     places = [ids.index(token) for token in got]
     assert places == sorted(places)
@@ -68,7 +68,9 @@ def test_cut_ids_fill_the_limit_and_keep_their_order(load, n, limit, side, opene
 
 def test_true_means_the_end(load):
     vocab = load("tiny-bert").model.vocab
-    by_true, by_name = (Encoder(vocab, limit=9, truncate=way).encode(LONG) for way in (True, "end"))
+    by_true, by_name = (
+        Tokenization(vocab, limit=9, truncate=way).tokenize(LONG) for way in (True, "end")
+    )
     np.testing.assert_array_equal(by_true, by_name)
 
 
@@ -76,7 +78,7 @@ def test_true_means_the_end(load):
 def test_every_way_to_embed_takes_the_side(load, side):
     llama = load("tiny-bert")
     vocab = llama.model.vocab
-    want = llama.embed(Encoder(vocab, limit=llama.n_ctx, truncate=side).encode(LONG))
+    want = llama.embed(Tokenization(vocab, limit=llama.n_ctx, truncate=side).tokenize(LONG))
     options = EmbedOptions(truncate=side)
     for row in (
         llama.embed(LONG, truncate=side),
@@ -91,7 +93,7 @@ def test_every_way_to_embed_takes_the_side(load, side):
 @pytest.mark.parametrize("wrong", ["left", "", 2, None, b"end", ["end"]])
 def test_an_unknown_side_is_refused(load, wrong):
     with pytest.raises(errors.InputError, match="truncate must be"):
-        Encoder(load("tiny-bert").model.vocab, limit=9, truncate=wrong)
+        Tokenization(load("tiny-bert").model.vocab, limit=9, truncate=wrong)
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -100,10 +102,10 @@ def test_of_a_pair_only_the_document_is_cut(load, name, side):
     model = load(name).model
     template = PairTemplate(model, "who eats crabs?")
     document = " ".join(f"w{i}" for i in range(300))
-    whole = template.tokenization(limit=10_000).encode(document).tolist()
-    bare = template.tokenization(limit=10_000).encode("").tolist()
+    whole = template.tokenization(limit=10_000).tokenize(document).tolist()
+    bare = template.tokenization(limit=10_000).tokenize("").tolist()
     for limit in (len(bare) + 20, len(bare) + 21):
-        cut = template.tokenization(limit=limit, truncate=side).encode(document).tolist()
+        cut = template.tokenization(limit=limit, truncate=side).tokenize(document).tolist()
         assert len(cut) == limit
         n_tail = len(template._suffix_ids)
         assert cut[limit - n_tail :] == bare[len(bare) - n_tail :]

@@ -7,7 +7,7 @@ import pytest
 from helpers import DATA, TEXTS
 
 from llamacrab import Llama, Model, tuning
-from llamacrab._core import Encoder, Scheduler
+from llamacrab._core import Scheduler, Tokenization
 from llamacrab.tuning import Layout
 
 PATH = DATA / "tiny-bert.gguf"
@@ -117,7 +117,7 @@ def test_a_device_has_a_measurement_of_its_own_and_packs_of_its_own_size():
         small = {"n_contexts": 2, "pack_tokens": 32, "n_seq_max": 4}
         how |= {"n_contexts": 1, "pack_tokens": 300}
         scheduler = Scheduler(model, replicas=[(other, small)], **how)
-        encoder = Encoder(model.vocab, limit=128)
+        encoder = Tokenization(model.vocab, limit=128)
         job = scheduler.job(encoder, len(TEXTS), dedup=False)
         job.add([text[:60] for text in TEXTS])
         job.seal()

@@ -493,8 +493,8 @@ def info(path: Path | None, show_devices: bool) -> None:
             "vocabulary": f"{model.vocab.segment_b_offset or model.vocab.n_tokens} tokens, "
             f"{model.vocab.vocab_type.name}"
             + (", and again for the document" if model.vocab.segment_b_offset else ""),
-            "special tokens": f"{_pieces(model, model.vocab.prefix)} text "
-            f"{_pieces(model, model.vocab.suffix)}".strip(),
+            "special tokens": f"{_pieces(model, model.vocab.prefix_ids)} text "
+            f"{_pieces(model, model.vocab.suffix_ids)}".strip(),
         }
         prompts = prompts_of(model.metadata)
         rows |= {f"prompt {name}": repr(prompt) for name, prompt in prompts.items()}

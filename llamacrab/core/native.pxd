@@ -24,8 +24,8 @@ cdef extern from "<string_view>" namespace "std" nogil:
 
 
 cdef extern from "native/thread_pool.hpp" namespace "llamacrab" nogil:
-    cppclass crew:
-        crew(size_t n_helpers) except +
+    cppclass thread_pool:
+        thread_pool(size_t n_helpers) except +
 
 
 cdef extern from "kernels/kernels.hpp" namespace "llamacrab" nogil:
@@ -56,7 +56,7 @@ cdef extern from "native/tokenization.hpp" namespace "llamacrab" nogil:
     cbool tokenize(const llama_vocab *vocab, string_view text, cbool parse_special,
                    cbool decompose, token_vector &out) except +
 
-    enum class encode_status:
+    enum class tokenize_status:
         ok
         too_long
         no_room
@@ -71,32 +71,32 @@ cdef extern from "native/tokenization.hpp" namespace "llamacrab" nogil:
 
     int64_t first_kept(truncate_side side, int64_t room)
 
-    cppclass encoding:
+    cppclass tokenization:
         const llama_vocab *vocab
-        token_vector prefix
-        token_vector suffix
-        string lead
-        string trail
+        token_vector prefix_ids
+        token_vector suffix_ids
+        string prefix_text
+        string suffix_text
         int32_t limit
         int32_t shift
         truncate_side truncate
         cbool parse_special
         cbool decompose
-        encode_status encode(string_view text, token_vector &out, int64_t &n_tokens) except +
+        tokenize_status apply(string_view text, token_vector &out, int64_t &n_tokens) except +
         token_vector common() except +
 
     cppclass source:
         string_view bytes
         cbool is_ids
 
-    cppclass encoded:
+    cppclass tokenized:
         token_vector tokens
         vector[size_t] ends
-        encode_status status
+        tokenize_status status
         int64_t n_tokens
 
-    encoded encode_texts(const encoding &how, const vector[source] &texts, size_t budget,
-                         crew &helpers) except +
+    tokenized tokenize_texts(const tokenization &rules, const vector[source] &texts, size_t budget,
+                             thread_pool &helpers) except +
 
 
 cdef extern from "native/scheduler.hpp" namespace "llamacrab" nogil:

@@ -9,7 +9,7 @@ cdef int TEXTS_A_CHUNK = 512
 cdef size_t SHARED_MIN = 16
 
 # Threads that split one call's texts into tokens.
-cdef int MAX_ENCODERS = 16
+cdef int MAX_TOKENIZERS = 16
 
 _open_schedulers = weakref.WeakSet()
 
@@ -26,7 +26,7 @@ cdef class _SchedulerHandle:
     """Owns the native scheduler, and keeps what its workers use."""
 
     cdef native.scheduler *ptr
-    cdef native.crew *crew
+    cdef native.thread_pool *pool
     cdef list contexts
     cdef int pid
 
@@ -35,7 +35,7 @@ cdef class _SchedulerHandle:
             return  # a forked child has no workers to join: what it inherited is left alone
         with nogil:
             del self.ptr
-            del self.crew
+            del self.pool
 
     cdef int check_process(self) except -1:
         if self.pid != os.getpid():
@@ -139,7 +139,7 @@ cdef class Scheduler:
         n_threads = sum(
             place.n_contexts * max(1, place.how.get("n_threads", 1)) for place in places
         )
-        handle.crew = new native.crew(max(0, min(n_threads, MAX_ENCODERS) - 1))
+        handle.pool = new native.thread_pool(max(0, min(n_threads, MAX_TOKENIZERS) - 1))
         self._handle = handle
         _open_schedulers.add(self)
         if on_pack is not None:
@@ -225,13 +225,13 @@ cdef class Scheduler:
             and self._context.pooling_type in (PoolingType.LAST, PoolingType.RANK)
         )
 
-    def job(self, Encoder encoder not None, int64_t n_texts, *, double norm=0, int width=0,
-            bint dedup=True, bint share=True):
+    def job(self, Tokenization tokenization not None, int64_t n_texts, *, double norm=0,
+            int width=0, bint dedup=True, bint share=True):
         """Return a `Job` for `n_texts` texts.
 
         Parameters
         ----------
-        encoder : Encoder
+        tokenization : Tokenization
             Makes texts into ids.
         n_texts : int
             How many texts will be added.
@@ -245,7 +245,7 @@ cdef class Scheduler:
         share : bool
             Compute what the texts begin with once, if `shares_prefix`.
         """
-        return Job(self, encoder, n_texts, norm, width, dedup, share)
+        return Job(self, tokenization, n_texts, norm, width, dedup, share)
 
     def future(self, Job job not None, finish=None, remap_error=None):
         """Return a `concurrent.futures.Future` of a job, to which all texts have been added.
@@ -330,18 +330,18 @@ cdef class Job:
     cdef Scheduler _scheduler  # a scheduler that nobody else holds lives until its jobs end
     cdef _SchedulerHandle _handle
     cdef native.job *_job
-    cdef Encoder _encoder
+    cdef Tokenization _tokenization
     cdef readonly object rows, done
     cdef object _future
     cdef int64_t _n_texts, _n_added
     cdef int _n_out
     cdef bint _pooled
 
-    def __init__(self, Scheduler scheduler not None, Encoder encoder not None, int64_t n_texts,
-                 double norm, int width, bint dedup, bint share):
+    def __init__(self, Scheduler scheduler not None, Tokenization tokenization not None,
+                 int64_t n_texts, double norm, int width, bint dedup, bint share):
         self._scheduler = scheduler
         self._handle = scheduler.handle()
-        self._encoder = encoder
+        self._tokenization = tokenization
         self._n_texts = n_texts
         self._n_out = width or scheduler._context.n_out
         self._pooled = scheduler._context.pooling_type != PoolingType.NONE
@@ -356,8 +356,8 @@ cdef class Job:
         # A score may be zero; no text that a model understood has a vector of zeros.
         self._job.may_be_zero = scheduler._context.pooling_type == PoolingType.RANK
         self._job.dedup = dedup and not scheduler.deterministic
-        if share and encoder._common.size() >= SHARED_MIN and scheduler.shares_prefix:
-            self._job.shared = encoder._common
+        if share and tokenization._common.size() >= SHARED_MIN and scheduler.shares_prefix:
+            self._job.shared = tokenization._common
         cdef uint8_t[::1] done = self.done.view(np.uint8)
         if n_texts:
             self._job.done = &done[0]
@@ -400,12 +400,12 @@ cdef class Job:
         for i, text in enumerate(texts):
             one.is_ids = not isinstance(text, str)
             if one.is_ids:
-                text = self._encoder.encode_ids(text, self._n_added + i)
+                text = self._tokenization.check_ids(text, self._n_added + i)
                 ids = text
                 data = <const char *>&ids[0]
                 size = ids.shape[0] * sizeof(int32_t)
             else:
-                text = self._encoder.vocab.checked(text)
+                text = self._tokenization.vocab.checked(text)
                 if PyUnicode_IS_ASCII(text):
                     data = PyUnicode_AsUTF8AndSize(text, &size)
                 else:
@@ -417,27 +417,27 @@ cdef class Job:
             one.bytes = native.string_view(data, size)
             sources.push_back(one)
 
-        cdef native.encoded encoded
+        cdef native.tokenized found
         cdef size_t budget = max(self._handle.ptr.get_limits().queue_tokens // 4, 1)
         started = time.perf_counter()
         with nogil:
-            encoded = native.encode_texts(
-                self._encoder._native, sources, budget, self._handle.crew[0])
+            found = native.tokenize_texts(
+                self._tokenization._native, sources, budget, self._handle.pool[0])
         self._handle.ptr.add_tokenize_seconds(time.perf_counter() - started)
-        cdef Py_ssize_t n_texts = encoded.ends.size()
-        if encoded.status != native.encode_status.ok:
-            raise self._encoder.error(encoded.status, encoded.n_tokens, self._n_added + n_texts)
+        cdef Py_ssize_t n_texts = found.ends.size()
+        if found.status != native.tokenize_status.ok:
+            raise self._tokenization.error(found.status, found.n_tokens, self._n_added + n_texts)
 
         cdef unique_ptr[native.chunk] texts_in
         cdef native.chunk *chunk = new native.chunk()
         texts_in.reset(chunk)
-        chunk.tokens.swap(encoded.tokens)
+        chunk.tokens.swap(found.tokens)
         chunk.items.resize(n_texts)
         for i in range(n_texts):
             chunk.items[i].owner = self._job
             chunk.items[i].index = self._n_added + i
-            chunk.items[i].first = encoded.ends[i - 1] if i else 0
-            chunk.items[i].n_tokens = <int32_t>(encoded.ends[i] - chunk.items[i].first)
+            chunk.items[i].first = found.ends[i - 1] if i else 0
+            chunk.items[i].n_tokens = <int32_t>(found.ends[i] - chunk.items[i].first)
         self._place_rows(chunk)
         cdef int64_t n_tokens = chunk.tokens.size()
         while not self._handle.ptr.has_room(self._job[0], n_tokens):

@@ -18,7 +18,7 @@ cdef int _append(native.token_vector &into, Vocab vocab, ids) except -1:
     return 0
 
 
-cdef class Encoder:
+cdef class Tokenization:
     """How the texts of one call become token ids. The rules are in native/tokenization.cpp.
 
     Parameters
@@ -32,12 +32,13 @@ cdef class Encoder:
         stands around it. "middle" keeps the first half of what fits, rounded up, and the last half.
     parse_special : bool
         Read the spelling of a special token in a text as that token.
-    prefix, suffix : sequence of int, optional
+    prefix_ids, suffix_ids : sequence of int, optional
         Ids before and after a text; by default those that the model was trained with.
-    lead, trail : str
+    prefix_text, suffix_text : str
         Text before and after, split into tokens together with the text.
     shift : int
-        Added to ids below it between prefix and suffix: `Vocab.segment_b_offset` for a document.
+        Added to ids below it between prefix_ids and suffix_ids: `Vocab.segment_b_offset` for a
+        document.
     text_only : bool
         Refuse token ids, around which nothing of this can be put.
     advice, larger : str
@@ -45,14 +46,15 @@ cdef class Encoder:
         and how to make `limit` larger, empty where it cannot be.
     """
 
-    cdef native.encoding _native
+    cdef native.tokenization _native
     cdef native.token_vector _common  # ids that nearly every text begins with
     cdef bint _text_only
     cdef str _advice, _larger
     cdef readonly Vocab vocab
 
     def __init__(self, Vocab vocab not None, *, int limit, truncate=False,
-                 bint parse_special=False, prefix=None, suffix=None, lead="", trail="",
+                 bint parse_special=False, prefix_ids=None, suffix_ids=None, prefix_text="",
+                 suffix_text="",
                  int shift=0, bint text_only=False, str advice="pass truncate=True to cut it",
                  str larger=""):
         cdef int side = _truncate_side(truncate)
@@ -66,13 +68,17 @@ cdef class Encoder:
         self._native.truncate = <native.truncate_side>side
         self._native.parse_special = parse_special
         self._native.decompose = vocab._decompose
-        _append(self._native.prefix, vocab, vocab.prefix if prefix is None else prefix)
-        _append(self._native.suffix, vocab, vocab.suffix if suffix is None else suffix)
-        self._native.lead = _utf8(_exact(lead))
-        self._native.trail = _utf8(_exact(trail))
+        if prefix_ids is None:
+            prefix_ids = vocab.prefix_ids
+        if suffix_ids is None:
+            suffix_ids = vocab.suffix_ids
+        _append(self._native.prefix_ids, vocab, prefix_ids)
+        _append(self._native.suffix_ids, vocab, suffix_ids)
+        self._native.prefix_text = _utf8(_exact(prefix_text))
+        self._native.suffix_text = _utf8(_exact(suffix_text))
         self._common = self._native.common()
 
-    def encode(self, text, int64_t index=0):
+    def tokenize(self, text, int64_t index=0):
         """Return the ids of one text: int32, shape (n,).
 
         Parameters
@@ -94,19 +100,19 @@ cdef class Encoder:
             `limit` leaves no room for the text beside what stands around it.
         """
         if not isinstance(text, str):
-            return self.encode_ids(text, index)
+            return self.check_ids(text, index)
         cdef bytes data = _utf8(self.vocab.checked(text))
         cdef native.string_view view = native.string_view(data, len(data))
         cdef native.token_vector ids
         cdef int64_t n_tokens = 0
-        cdef native.encode_status status
+        cdef native.tokenize_status status
         with nogil:
-            status = self._native.encode(view, ids, n_tokens)
-        if status != native.encode_status.ok:
+            status = self._native.apply(view, ids, n_tokens)
+        if status != native.tokenize_status.ok:
             raise self.error(status, n_tokens, index)
         return _int32_array(ids.data(), ids.size())
 
-    cdef encode_ids(self, ids, int64_t index):
+    cdef check_ids(self, ids, int64_t index):
         """Check ids that the user gave, and cut them as a text would be cut."""
         if (self._text_only or isinstance(ids, (bytes, bytearray, memoryview))
                 or not hasattr(ids, "__len__")):
@@ -128,7 +134,7 @@ cdef class Encoder:
         if self._native.truncate == native.truncate_side.none:
             raise TextTooLongError(len(array), limit, index, self._advice)
         # Ids that begin and end with the special tokens keep them through a cut, as a text does.
-        prefix, suffix = self.vocab.prefix, self.vocab.suffix
+        prefix, suffix = self.vocab.prefix_ids, self.vocab.suffix_ids
         cdef Py_ssize_t n_before = len(prefix), n_after = len(suffix)
         if tuple(array[:n_before]) != prefix:
             n_before = 0
@@ -142,12 +148,12 @@ cdef class Encoder:
             [array[:n_before + first], array[len(array) - (room - first) - n_after:]]
         )
 
-    cdef object error(self, native.encode_status status, int64_t n_tokens, int64_t index):
-        if status == native.encode_status.too_long:
+    cdef object error(self, native.tokenize_status status, int64_t n_tokens, int64_t index):
+        if status == native.tokenize_status.too_long:
             return TextTooLongError(n_tokens, self._native.limit, index, self._advice)
-        if status == native.encode_status.empty:
+        if status == native.tokenize_status.empty:
             return _wrong(index, f"text {index} has no tokens", EmptyInputError)
-        if status == native.encode_status.no_room:
+        if status == native.tokenize_status.no_room:
             return _wrong(
                 index,
                 f"text {index}: of {self._native.limit} tokens none is left for the text, after "

@@ -79,7 +79,7 @@ cdef class Vocab:
         Ids of the special tokens, None where the GGUF has none.
     add_bos, add_eos, add_sep : bool
         Whether the GGUF asks for these tokens around a text.
-    prefix, suffix : tuple of int
+    prefix_ids, suffix_ids : tuple of int
         The special tokens that `tokenize` puts before and after a text.
     segment_b_offset : int or None
         In a BERT cross-encoder that `llamacrab.convert` made: how many tokens there are. Each is
@@ -93,7 +93,7 @@ cdef class Vocab:
     cdef readonly object vocab_type
     cdef readonly object bos, eos, sep, pad, mask
     cdef readonly bint add_bos, add_eos, add_sep
-    cdef readonly tuple prefix, suffix
+    cdef readonly tuple prefix_ids, suffix_ids
     cdef readonly object segment_b_offset
     cdef bint _decompose
 
@@ -122,8 +122,8 @@ cdef class Vocab:
         else:
             before = [self.bos] if self.add_bos else []
             after = [self.eos] if self.add_eos else []
-        self.prefix = tuple(token for token in before if token is not None)
-        self.suffix = tuple(token for token in after if token is not None)
+        self.prefix_ids = tuple(token for token in before if token is not None)
+        self.suffix_ids = tuple(token for token in after if token is not None)
         if self.vocab_type == VocabType.RWKV:
             # At a byte that begins a token, but is none, llama.cpp adds tokens for ever.
             pieces = {self.token_to_piece(token) for token in range(self.n_tokens)}
@@ -157,7 +157,7 @@ cdef class Vocab:
         text : str
             Any text. A lone surrogate counts as U+FFFD.
         add_special : bool
-            Put `prefix` before and `suffix` after, as the model was trained.
+            Put `prefix_ids` before and `suffix_ids` after, as the model was trained.
         parse_special : bool
             Read the spelling of a special token, such as ``[SEP]``, in the text as that token.
 
@@ -170,14 +170,14 @@ cdef class Vocab:
         cdef native.token_vector ids
         cdef cbool done
         if add_special:
-            for token in self.prefix:
+            for token in self.prefix_ids:
                 ids.push_back(token)
         with nogil:
             done = native.tokenize(self._ptr, view, parse_special, self._decompose, ids)
         if not done:
             raise InputError(_UNSPLITTABLE)
         if add_special:
-            for token in self.suffix:
+            for token in self.suffix_ids:
                 ids.push_back(token)
         return _int32_array(ids.data(), ids.size())
 

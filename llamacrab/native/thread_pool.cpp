@@ -5,7 +5,7 @@
 
 namespace llamacrab {
 
-crew::~crew() {
+thread_pool::~thread_pool() {
     {
         std::lock_guard<std::mutex> hold(mutex);
         stopping = true;
@@ -16,7 +16,7 @@ crew::~crew() {
     }
 }
 
-void crew::run(size_t n_wanted, const std::function<void()> & work) {
+void thread_pool::run(size_t n_wanted, const std::function<void()> & work) {
     errand mine{work};
     {
         std::lock_guard<std::mutex> hold(mutex);
@@ -31,7 +31,7 @@ void crew::run(size_t n_wanted, const std::function<void()> & work) {
     returned.wait(hold, [&] { return mine.n_running == 0; });
 }
 
-void crew::start() {
+void thread_pool::start() {
     try {
         while (helpers.size() < n_helpers) {
             helpers.emplace_back([this] { help(); });
@@ -41,7 +41,7 @@ void crew::start() {
     }
 }
 
-void crew::help() {
+void thread_pool::help() {
     std::unique_lock<std::mutex> hold(mutex);
     for (;;) {
         wanted.wait(hold, [&] { return stopping || !errands.empty(); });

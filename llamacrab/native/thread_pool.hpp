@@ -11,12 +11,12 @@
 
 namespace llamacrab {
 
-class crew {
+class thread_pool {
   public:
-    explicit crew(size_t n_helpers) : n_helpers(n_helpers) {}
-    ~crew();
-    crew(const crew &) = delete;
-    crew & operator=(const crew &) = delete;
+    explicit thread_pool(size_t n_helpers) : n_helpers(n_helpers) {}
+    ~thread_pool();
+    thread_pool(const thread_pool &) = delete;
+    thread_pool & operator=(const thread_pool &) = delete;
 
     // Run `work` on this thread, and at the same time on as many helpers as are free, at most
     // `n_wanted`. Returns when all have returned. `work` must not throw.

@@ -215,69 +215,69 @@ int64_t first_kept(truncate_side side, int64_t room) {
     return side == truncate_side::start ? 0 : side == truncate_side::middle ? room - room / 2 : room;
 }
 
-encode_status encoding::encode(std::string_view text, token_vector & out, int64_t & n_tokens) const {
+tokenize_status tokenization::apply(std::string_view text, token_vector & out, int64_t & n_tokens) const {
     const size_t before = out.size();
-    out.insert(out.end(), prefix.begin(), prefix.end());
+    out.insert(out.end(), prefix_ids.begin(), prefix_ids.end());
     const size_t content = out.size();
-    const bool   bare    = lead.empty() && trail.empty();
-    auto         status  = encode_status::ok;
-    if (!tokenize(vocab, bare ? text : lead + std::string(text) + trail, parse_special, decompose, out)) {
-        status = encode_status::unsplittable;
-    } else if (n_tokens = int64_t(out.size() - before + suffix.size()); n_tokens == 0) {
-        status = encode_status::empty;
+    const bool   bare    = prefix_text.empty() && suffix_text.empty();
+    auto         status  = tokenize_status::ok;
+    if (!tokenize(vocab, bare ? text : prefix_text + std::string(text) + suffix_text, parse_special, decompose, out)) {
+        status = tokenize_status::unsplittable;
+    } else if (n_tokens = int64_t(out.size() - before + suffix_ids.size()); n_tokens == 0) {
+        status = tokenize_status::empty;
     } else if (n_tokens > limit) {
-        status = truncate == truncate_side::none ? encode_status::too_long : cut(text, content, out);
+        status = truncate == truncate_side::none ? tokenize_status::too_long : cut(text, content, out);
     }
-    if (status != encode_status::ok) {
+    if (status != tokenize_status::ok) {
         out.resize(before);
         return status;
     }
     for (size_t i = content; i < out.size(); ++i) {
         out[i] += out[i] < shift ? shift : 0;
     }
-    out.insert(out.end(), suffix.begin(), suffix.end());
+    out.insert(out.end(), suffix_ids.begin(), suffix_ids.end());
     return status;
 }
 
-// Make what `out` holds from `content` on, the tokens of lead + text + trail, fit with the suffix.
-encode_status encoding::cut(std::string_view text, size_t content, token_vector & out) const {
+// Make what `out` holds from `content` on, the tokens of prefix_text + text + suffix_text, fit with the suffix.
+tokenize_status tokenization::cut(std::string_view text, size_t content, token_vector & out) const {
     const auto split = [&](std::string_view piece, token_vector & into) {
         return tokenize(vocab, piece, parse_special, decompose, into);
     };
     token_vector opening, closing;
-    if (!split(lead, opening) || !split(trail, closing)) {
-        return encode_status::unsplittable;
+    if (!split(prefix_text, opening) || !split(suffix_text, closing)) {
+        return tokenize_status::unsplittable;
     }
-    const auto n_lead = int64_t(opening.size()), n_trail = int64_t(closing.size());
-    const auto room   = int64_t(limit) - int64_t(prefix.size() + suffix.size()) - n_lead - n_trail;
+    const auto n_before = int64_t(opening.size()), n_after = int64_t(closing.size());
+    const auto room   = int64_t(limit) - int64_t(prefix_ids.size() + suffix_ids.size()) - n_before - n_after;
     if (room <= 0) {
-        return encode_status::no_room;
+        return tokenize_status::no_room;
     }
     const int64_t first = first_kept(truncate, room), last = room - first;
-    if (lead.empty() && trail.empty()) {
+    if (prefix_text.empty() && suffix_text.empty()) {
         out.erase(out.begin() + ptrdiff_t(content + first), out.end() - ptrdiff_t(last));
-        return encode_status::ok;
+        return tokenize_status::ok;
     }
-    // What stays of the text touches lead or trail as it does in the whole.
+    // What stays of the text touches prefix_text or suffix_text as it does in the whole.
     if (first) {
         opening.clear();
-        split(lead + std::string(text), opening);
-        opening.resize(size_t(std::min(n_lead + first, int64_t(opening.size()))));
+        split(prefix_text + std::string(text), opening);
+        opening.resize(size_t(std::min(n_before + first, int64_t(opening.size()))));
     }
     if (last) {
         closing.clear();
-        split(std::string(text) + trail, closing);
-        closing.erase(closing.begin(), closing.end() - std::min(n_trail + last, int64_t(closing.size())));
+        split(std::string(text) + suffix_text, closing);
+        closing.erase(closing.begin(), closing.end() - std::min(n_after + last, int64_t(closing.size())));
     }
     out.resize(content);
     out.insert(out.end(), opening.begin(), opening.end());
     out.insert(out.end(), closing.begin(), closing.end());
-    return encode_status::ok;
+    return tokenize_status::ok;
 }
 
-token_vector encoding::common() const {
-    token_vector out = prefix;
-    if (!lead.empty() && tokenize(vocab, lead, parse_special, decompose, out) && out.size() > prefix.size()) {
+token_vector tokenization::common() const {
+    token_vector out = prefix_ids;
+    if (!prefix_text.empty() && tokenize(vocab, prefix_text, parse_special, decompose, out) && out.size() > prefix_ids.size()) {
         out.pop_back();
     }
     return out;
@@ -285,16 +285,16 @@ token_vector encoding::common() const {
 
 namespace {
 
-encoded encode_run(const encoding & how, const source * texts, size_t n) {
-    encoded out;
-    for (size_t i = 0; i < n && out.status == encode_status::ok; ++i) {
+tokenized tokenize_run(const tokenization & rules, const source * texts, size_t n) {
+    tokenized out;
+    for (size_t i = 0; i < n && out.status == tokenize_status::ok; ++i) {
         if (texts[i].is_ids) {
             const auto * ids = reinterpret_cast<const llama_token *>(texts[i].bytes.data());
             out.tokens.insert(out.tokens.end(), ids, ids + texts[i].bytes.size() / sizeof(llama_token));
         } else {
-            out.status = how.encode(texts[i].bytes, out.tokens, out.n_tokens);
+            out.status = rules.apply(texts[i].bytes, out.tokens, out.n_tokens);
         }
-        if (out.status == encode_status::ok) {
+        if (out.status == tokenize_status::ok) {
             out.ends.push_back(out.tokens.size());
         }
     }
@@ -303,7 +303,7 @@ encoded encode_run(const encoding & how, const source * texts, size_t n) {
 
 }  // namespace
 
-encoded encode_texts(const encoding & how, const std::vector<source> & texts, size_t budget, crew & helpers) {
+tokenized tokenize_texts(const tokenization & rules, const std::vector<source> & texts, size_t budget, thread_pool & helpers) {
     // Parts worth handing to another thread: waking it takes as long as a few hundred bytes.
     constexpr size_t    part_bytes = 4096;
     std::vector<size_t> starts;
@@ -319,7 +319,7 @@ encoded encode_texts(const encoding & how, const std::vector<source> & texts, si
 
     // Parts are taken in order, so that those that were taken before the budget was used up, or a text
     // failed, are the first ones.
-    std::vector<encoded>            parts(n_parts);
+    std::vector<tokenized>            parts(n_parts);
     std::vector<std::exception_ptr> thrown(n_parts);
     std::atomic<size_t>             next{0}, n_tokens{0};
     const auto                      work = [&] {
@@ -329,11 +329,11 @@ encoded encode_texts(const encoding & how, const std::vector<source> & texts, si
                 return;
             }
             try {
-                parts[k] = encode_run(how, texts.data() + starts[k], starts[k + 1] - starts[k]);
+                parts[k] = tokenize_run(rules, texts.data() + starts[k], starts[k + 1] - starts[k]);
             } catch (...) {
                 thrown[k] = std::current_exception();
             }
-            n_tokens += thrown[k] || parts[k].status != encode_status::ok ? budget : parts[k].tokens.size();
+            n_tokens += thrown[k] || parts[k].status != tokenize_status::ok ? budget : parts[k].tokens.size();
         }
     };
     if (n_parts > 1) {
@@ -342,8 +342,8 @@ encoded encode_texts(const encoding & how, const std::vector<source> & texts, si
         work();
     }
 
-    encoded out;
-    for (size_t k = 0; k < n_parts && out.status == encode_status::ok; ++k) {
+    tokenized out;
+    for (size_t k = 0; k < n_parts && out.status == tokenize_status::ok; ++k) {
         if (thrown[k]) {
             std::rethrow_exception(thrown[k]);
         }

@@ -11,7 +11,7 @@ from llamacrab.errors import EmptyInputError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from llamacrab._core import Encoder
+    from llamacrab._core import Tokenization
 
 
 def bounds(n_tokens: int, size: int, overlap: int) -> list[tuple[int, int]]:
@@ -33,32 +33,32 @@ class Windows:
     ----------
     texts : sequence of str or of sequences of int
         The texts.
-    encoder : Encoder
+    tokenization : Tokenization
         Gives a text's ids with nothing around them and without limit.
-    head, tail : sequence of int
+    prefix_ids, suffix_ids : sequence of int
         What stands around every window of a text; nothing is put around ids.
     size, overlap : int
-        Tokens of a window, head and tail not counted, and those shared with the one before.
+        Tokens of a window, those around it not counted, and those shared with the one before.
     """
 
     def __init__(
         self,
         texts: Sequence[Any],
-        encoder: Encoder,
+        tokenization: Tokenization,
         *,
-        head: Sequence[int],
-        tail: Sequence[int],
+        prefix_ids: Sequence[int],
+        suffix_ids: Sequence[int],
         size: int,
         overlap: int,
     ) -> None:
         self.inputs: list[Any] = []
         # Without special tokens and prompt they are empty, and numpy's empty is of float64.
-        before, after = np.array(head, dtype=np.int32), np.array(tail, dtype=np.int32)
+        before, after = np.array(prefix_ids, dtype=np.int32), np.array(suffix_ids, dtype=np.int32)
         firsts, weights = [], []
         for i, text in enumerate(texts):
             firsts.append(len(self.inputs))
             try:
-                ids = encoder.encode(text, i)
+                ids = tokenization.tokenize(text, i)
             except EmptyInputError:
                 ids = np.empty(0, dtype=np.int32)
             parts = bounds(len(ids), size, overlap)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llamacrab import quantize
-from llamacrab._core import Encoder, Model, PoolingType
+from llamacrab._core import Model, PoolingType, Tokenization
 from llamacrab.errors import InputError, LlamaError
 from llamacrab.options import NORM_INT16, EmbedOptions
 from llamacrab.requests.chunking import Windows
@@ -113,7 +113,7 @@ class EmbedPipeline:
     ----------
     options : EmbedOptions
         As given.
-    tokenization : Encoder
+    tokenization : Tokenization
         Makes texts into token ids.
     norm, width : float, int
         What the scheduler is to do to rows.
@@ -136,20 +136,20 @@ class EmbedPipeline:
         vocab = model.vocab
         prompt = _prompt(options, prompts)
         self._prefix_text = ""
-        prefix = _special("start_token", options.start_token, vocab.prefix, len(vocab))
-        suffix = _special("end_token", options.end_token, vocab.suffix, len(vocab))
+        prefix = _special("start_token", options.start_token, vocab.prefix_ids, len(vocab))
+        suffix = _special("end_token", options.end_token, vocab.suffix_ids, len(vocab))
         if prompt:
             # The text that touches a text is split into tokens together with it.
             *before, touching = split_at_special(vocab, prompt)
             prefix, self._prefix_text = (*prefix, *ids_of(vocab, before)), str(touching)
         self._n_around = (len(prefix), len(suffix))
         around: dict[str, Any] = {
-            "prefix": prefix,
-            "suffix": suffix,
-            "lead": self._prefix_text,
+            "prefix_ids": prefix,
+            "suffix_ids": suffix,
+            "prefix_text": self._prefix_text,
             "parse_special": options.parse_special,
         }
-        self.tokenization = Encoder(
+        self.tokenization = Tokenization(
             vocab,
             limit=limit,
             truncate=options.truncate,
@@ -159,23 +159,23 @@ class EmbedPipeline:
             larger=larger,
             **around,
         )
-        self._uncut = Encoder(vocab, limit=NO_LIMIT, **around)
+        self._uncut = Tokenization(vocab, limit=NO_LIMIT, **around)
         self._chunking: dict[str, Any] | None = None
         if options.chunk:
             if not self.pooled:
                 raise InputError("chunk= needs a pooling: without one there is no row to average")
-            head = [*prefix, *(ids_of(vocab, [self._prefix_text]) if prompt else ())]
+            before = [*prefix, *(ids_of(vocab, [self._prefix_text]) if prompt else ())]
             self._chunking = {
-                "head": head,
-                "tail": suffix,
-                "size": _window(options, limit, len(head) + len(suffix)),
+                "prefix_ids": before,
+                "suffix_ids": suffix,
+                "size": _window(options, limit, len(before) + len(suffix)),
                 "overlap": options.chunk_overlap,
-                "encoder": Encoder(
+                "tokenization": Tokenization(
                     vocab,
                     limit=NO_LIMIT,
                     parse_special=options.parse_special,
-                    prefix=(),
-                    suffix=(),
+                    prefix_ids=(),
+                    suffix_ids=(),
                     text_only=bool(prompt),
                 ),
             }
@@ -184,7 +184,7 @@ class EmbedPipeline:
         """Return where in a text its tokens come from, shape (n, 2); see `token_offsets`."""
         if not isinstance(text, str):
             return np.zeros((len(ids), 2), dtype=np.int32)
-        full = self._uncut.encode(text)
+        full = self._uncut.tokenize(text)
         spans = token_offsets(
             self._uncut.vocab,
             self._prefix_text + text,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from llamacrab._core import Encoder
+from llamacrab._core import Tokenization
 from llamacrab.errors import InputError, UnsupportedModelError
 from llamacrab.requests.prompts import ids_of, split_at_special
 
@@ -68,7 +68,9 @@ class PairTemplate:
         shift = vocab.segment_b_offset or 0
         self._suffix_ids = [token + shift for token in ids_of(vocab, suffix)]
 
-    def tokenization(self, *, limit: int, truncate: Truncate = False, larger: str = "") -> Encoder:
+    def tokenization(
+        self, *, limit: int, truncate: Truncate = False, larger: str = ""
+    ) -> Tokenization:
         """Return what turns a document into the token ids of its pair with the query.
 
         Parameters
@@ -80,14 +82,14 @@ class PairTemplate:
         larger : str
             How to make `limit` larger, for error messages.
         """
-        return Encoder(
+        return Tokenization(
             self._vocab,
             limit=limit,
             truncate=truncate,
-            prefix=self._prefix_ids,
-            suffix=self._suffix_ids,
-            lead=self._prefix_text,
-            trail=self._suffix_text,
+            prefix_ids=self._prefix_ids,
+            suffix_ids=self._suffix_ids,
+            prefix_text=self._prefix_text,
+            suffix_text=self._suffix_text,
             shift=self._vocab.segment_b_offset or 0,
             text_only=True,
             advice="pass truncate=True to cut the document",
@@ -158,4 +160,4 @@ class Pairs:
         query, document = pair
         if not isinstance(query, str):
             raise InputError(f"the query of pair {index} is {type(query).__name__}, not str")
-        return self._tokenization_of(query).encode(document, index)
+        return self._tokenization_of(query).tokenize(document, index)

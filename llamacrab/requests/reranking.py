@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from llamacrab._core import Encoder, VocabType
+from llamacrab._core import Tokenization, VocabType
 from llamacrab.errors import InputError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class RerankRequest:
 
     Parameters
     ----------
-    tokenization : Encoder
+    tokenization : Tokenization
         Makes an input into the ids of a pair.
     inputs : list of str, or Pairs
         The documents of one query; or pairs, which are ids already.
@@ -140,7 +140,9 @@ class RerankRequest:
         Turns rows into scores.
     """
 
-    def __init__(self, tokenization: Encoder, inputs: list[str] | Pairs, scoring: Scoring) -> None:
+    def __init__(
+        self, tokenization: Tokenization, inputs: list[str] | Pairs, scoring: Scoring
+    ) -> None:
         self._tokenization = tokenization
         self._scoring = scoring
         self.inputs = inputs

@@ -1,7 +1,7 @@
 """How many contexts, threads and tokens a pack: measured, remembered, or guessed.
 
 The cost of a pack of n tokens is modelled as ``a + b n + c n**2`` seconds: a fixed part, the matrix
-products, and an encoder's attention, which spans the whole pack. Seconds a token are least at
+products, and an tokenization's attention, which spans the whole pack. Seconds a token are least at
 ``n = sqrt(a / c)``.
 """
 
@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llamacrab._core import (
-    Encoder,
     Model,
     PoolingType,
     Scheduler,
+    Tokenization,
     build_info,
     default_n_threads,
     devices,
@@ -393,14 +393,16 @@ def tune(
     fits = {}
     for layout in tried:
         scheduler, fitting = _largest(model, layout, packs, limit)
-        encoder = Encoder(model.vocab, limit=limit)
+        tokenization = Tokenization(model.vocab, limit=limit)
         given = [text[: fitting[-1]] for text in texts]
         try:
-            _run(scheduler, encoder, given[:64], 0)  # first decodes plan buffers and touch memory
+            _run(
+                scheduler, tokenization, given[:64], 0
+            )  # first decodes plan buffers and touch memory
             for pack_tokens in fitting:
                 scheduler.pack_tokens = pack_tokens
                 n_texts = _n_texts(pack_tokens, layout.n_contexts, n_tokens)
-                rate = _run(scheduler, encoder, given[:n_texts], seconds)
+                rate = _run(scheduler, tokenization, given[:n_texts], seconds)
                 per_pack = pack_tokens * layout.n_contexts / rate
                 table.append(Measurement(replace(layout, pack_tokens=pack_tokens), rate, per_pack))
                 if report:
@@ -443,12 +445,14 @@ def _largest(
                 raise
 
 
-def _run(scheduler: Scheduler, encoder: Encoder, texts: list[np.ndarray], seconds: float) -> float:
+def _run(
+    scheduler: Scheduler, tokenization: Tokenization, texts: list[np.ndarray], seconds: float
+) -> float:
     """Compute the texts again and again for `seconds`, and return tokens a second."""
     n_tokens = 0
     start = time.perf_counter()
     while not n_tokens or time.perf_counter() - start < seconds:
-        job = scheduler.job(encoder, len(texts), dedup=False)
+        job = scheduler.job(tokenization, len(texts), dedup=False)
         job.add(texts)
         job.seal()
         job.wait()

@@ -13,7 +13,7 @@ import numpy as np
 from helpers import EMBEDDERS, RERANKERS, TEXTS, gguf_path
 
 from llamacrab import Batch, Context, EmbedOptions, Llama, LlamaError, Model, PoolingType
-from llamacrab._core import Encoder
+from llamacrab._core import Tokenization
 
 
 class Hostile(Exception):
@@ -289,12 +289,13 @@ def encode(on: Target, rng: random.Random) -> None:
     vocab = rng.choice(on.embedders + on.rerankers).model.vocab
     options: dict[str, Any] = {"limit": rng.choice([0, 1, 2, 3, 20, 100, -1, 2**31 - 1])}
     for name, make in (
-        ("truncate", flag_of), ("parse_special", flag_of), ("prefix", ids_of), ("suffix", ids_of),
-        ("lead", text_of), ("trail", text_of), ("text_only", flag_of), ("limit", number_of),
+        ("truncate", flag_of), ("parse_special", flag_of), ("prefix_ids", ids_of),
+        ("suffix_ids", ids_of), ("prefix_text", text_of), ("suffix_text", text_of),
+        ("text_only", flag_of), ("limit", number_of),
     ):  # fmt: skip
         if rng.random() < (0.05 if name == "limit" else 0.25):
             options[name] = make(rng)
-    Encoder(vocab, **options).encode(any_of(rng), rng.choice([0, 1, -1, 2**62]))
+    Tokenization(vocab, **options).tokenize(any_of(rng), rng.choice([0, 1, -1, 2**62]))
 
 
 def low_level(on: Target, rng: random.Random) -> None:
@@ -363,7 +364,7 @@ def objects(on: Target, rng: random.Random) -> None:
             Model,
             Llama,
             llama.model.chat_template,
-            Encoder,
+            Tokenization,
             type(llama.model.vocab),
         ]
     )
