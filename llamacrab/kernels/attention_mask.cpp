@@ -8,7 +8,7 @@ namespace llamacrab {
 constexpr uint16_t unseen = 0xfc00;  // minus infinity
 
 struct view {
-    int  key0 = 0, key1 = 0;
+    int key0 = 0, key1 = 0;
     bool clean = true;
 };
 
@@ -30,18 +30,18 @@ constexpr int rows_together = 48;
 
 std::vector<segment> segments_of(const ggml_tensor * mask, int n_rows, int n_keys) {
     if (mask == nullptr) {
-        return { { 0, n_rows, 0, n_keys, true } };
+        return {{0, n_rows, 0, n_keys, true}};
     }
     // Most rows see what the row before them sees, which a comparison of bytes tells fast.
     const std::vector<uint16_t> zeros(n_keys, 0), closed(n_keys, unseen);
-    const auto                  same = [](const uint16_t * a, const std::vector<uint16_t> & b, int n) {
+    const auto same = [](const uint16_t * a, const std::vector<uint16_t> & b, int n) {
         return std::memcmp(a, b.data(), n * sizeof(uint16_t)) == 0;
     };
     std::vector<segment> found;
-    view                 before;
+    view before;
     for (int i = 0; i < n_rows; i++) {
         const auto * row = (const uint16_t *) ((const char *) mask->data + i * mask->nb[1]);
-        view         now = before;
+        view now = before;
         if (i == 0 || !before.clean || !same(row, closed, before.key0) ||
             !same(row + before.key0, zeros, before.key1 - before.key0) ||
             !same(row + before.key1, closed, n_keys - before.key1)) {
@@ -51,7 +51,7 @@ std::vector<segment> segments_of(const ggml_tensor * mask, int n_rows, int n_key
         if (equal && now.clean == found.back().clean) {
             found.back().row1 = i + 1;
         } else {
-            found.push_back({ i, i + 1, now.key0, now.key1, now.clean });
+            found.push_back({i, i + 1, now.key0, now.key1, now.clean});
         }
         before = now;
     }
@@ -61,11 +61,11 @@ std::vector<segment> segments_of(const ggml_tensor * mask, int n_rows, int n_key
         if (!joined.empty()) {
             segment & last = joined.back();
             const bool overlap = s.key0 < last.key1 && last.key0 < s.key1;
-            const bool differ  = s.key0 != last.key0 || s.key1 != last.key1;
+            const bool differ = s.key0 != last.key0 || s.key1 != last.key1;
             if (overlap && differ && s.row1 - last.row0 <= rows_together) {
-                last.row1  = s.row1;
-                last.key0  = std::min(last.key0, s.key0);
-                last.key1  = std::max(last.key1, s.key1);
+                last.row1 = s.row1;
+                last.key0 = std::min(last.key0, s.key0);
+                last.key1 = std::max(last.key1, s.key1);
                 last.clean = false;
                 continue;
             }

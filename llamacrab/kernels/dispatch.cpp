@@ -13,7 +13,8 @@ const kernel_set * set_avx512_bf16() { return nullptr; }
 
 static bool runs_avx2() {
 #if defined(LLAMACRAB_X86_SETS)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("f16c");
 #else
     return false;
 #endif
@@ -32,12 +33,12 @@ static bool runs_avx512_bf16() {
 static const kernel_set & choose() {
     const struct {
         const char * name;
-        bool         runs;
+        bool runs;
         const kernel_set * (*set)();
     } known[] = {
-        { "avx512_bf16", runs_avx512_bf16(), set_avx512_bf16 },
-        { "avx2", runs_avx2(), set_avx2 },
-        { "plain", true, set_plain },
+        {"avx512_bf16", runs_avx512_bf16(), set_avx512_bf16},
+        {"avx2", runs_avx2(), set_avx2},
+        {"plain", true, set_plain},
     };
     const char * wanted = std::getenv("LLAMACRAB_KERNELS");
     for (const auto & one : known) {

@@ -1,5 +1,5 @@
-// The kernels as the rest of llamacrab sees them: a ggml backend that is registered once, and that a
-// model uses if it is loaded inside a scope that says so.
+// The kernels as the rest of llamacrab sees them: a ggml backend that is registered once, and that
+// a model uses if it is loaded inside a scope that says so.
 #pragma once
 
 namespace llamacrab {

@@ -16,7 +16,8 @@ void team::share(int n_threads, int n_items, const std::function<void(int, int)>
         stop = false;
         try {
             while ((int) threads.size() < n_threads - 1) {
-                threads.emplace_back([this, n = (int) threads.size() + 1, now = round] { serve(n, now); });
+                threads.emplace_back(
+                    [this, n = (int) threads.size() + 1, now = round] { serve(n, now); });
             }
         } catch (const std::system_error &) {
             // The system gives no more: those that there are share the work.
@@ -24,9 +25,9 @@ void team::share(int n_threads, int n_items, const std::function<void(int, int)>
     }
     {
         const std::lock_guard<std::mutex> lock(mutex);
-        job   = &work;
+        job = &work;
         items = n_items;
-        busy  = (int) threads.size();
+        busy = (int) threads.size();
         next.store(0, std::memory_order_relaxed);
         round++;
     }
@@ -49,7 +50,7 @@ void team::serve(int thread, uint64_t seen) {
         if (stop) {
             return;
         }
-        seen              = round;
+        seen = round;
         const auto & work = *job;
         lock.unlock();
         take(work, thread);

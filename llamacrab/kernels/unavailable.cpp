@@ -1,7 +1,7 @@
-// What stands in for the kernels where they cannot be: a system's libllama comes without the internal
-// headers that a ggml backend is written against.
-#include "testing/compare_with_ggml.hpp"
+// What stands in for the kernels where they cannot be: a system's libllama comes without the
+// internal headers that a ggml backend is written against.
 #include "kernels.hpp"
+#include "testing/compare_with_ggml.hpp"
 
 namespace llamacrab {
 

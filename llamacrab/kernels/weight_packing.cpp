@@ -11,13 +11,16 @@ namespace llamacrab {
 
 static size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
-static size_t panels(const ggml_tensor * w) { return round_up(w->ne[1], panel_width) / panel_width; }
+static size_t panels(const ggml_tensor * w) {
+    return round_up(w->ne[1], panel_width) / panel_width;
+}
 
-// Which matrices may be 8 bits: those of feed-forward networks, two thirds of a layer's work. What rounding
-// does to queries, keys and values is multiplied by attention, and costs more than it saves.
+// Which matrices may be 8 bits: those of feed-forward networks, two thirds of a layer's work. What
+// rounding does to queries, keys and values is multiplied by attention, and costs more than it
+// saves.
 static bool bears_int8(const ggml_tensor * w) {
-    return std::strstr(w->name, "ffn") && w->ne[0] % 4 == 0 && w->ne[0] >= 64 && w->ne[0] <= widest_row &&
-           w->ne[1] >= 64;
+    return std::strstr(w->name, "ffn") && w->ne[0] % 4 == 0 && w->ne[0] >= 64 &&
+           w->ne[0] <= widest_row && w->ne[1] >= 64;
 }
 
 packing packing_of(const ggml_tensor * w, bool int8) {
@@ -68,9 +71,9 @@ static void to_floats(const ggml_tensor * w, const char * row, float * out) {
 }
 
 static void pack_int8(const ggml_tensor * w, const float * row, int64_t column, void * to) {
-    const int64_t k    = w->ne[0];
-    const size_t  high = round_up(k, 4);
-    float         top  = 0;
+    const int64_t k = w->ne[0];
+    const size_t high = round_up(k, 4);
+    float top = 0;
     for (int64_t i = 0; i < k; i++) {
         const float v = std::fabs(row[i]);
         if (!std::isfinite(v)) {
@@ -79,20 +82,22 @@ static void pack_int8(const ggml_tensor * w, const float * row, int64_t column, 
         top = std::max(top, v);
     }
     const float times = top > 0 ? 127 / top : 0, scale = top / 127;
-    int8_t *    panel = (int8_t *) to + column / panel_width * panel_width * high + column % panel_width * 4;
-    int64_t     total = 0;
+    int8_t * panel =
+        (int8_t *) to + column / panel_width * panel_width * high + column % panel_width * 4;
+    int64_t total = 0;
     for (int64_t i = 0; i < k; i++) {
         const int q = (int) std::lrint(row[i] * times);
         total += q;
         panel[i / 4 * 4 * panel_width + i % 4] = (int8_t) q;
     }
     const_cast<float *>(int8_scales(w, to))[column] = scale;
-    const_cast<float *>(int8_sums(w, to))[column]   = scale * total;
+    const_cast<float *>(int8_sums(w, to))[column] = scale * total;
 }
 
-void pack_rows(const ggml_tensor * w, packing kind, const void * from, int64_t row0, int64_t row1, void * to) {
-    const int64_t      k    = w->ne[0];
-    const size_t       row_bytes = ggml_row_size(w->type, k);
+void pack_rows(const ggml_tensor * w, packing kind, const void * from, int64_t row0, int64_t row1,
+               void * to) {
+    const int64_t k = w->ne[0];
+    const size_t row_bytes = ggml_row_size(w->type, k);
     std::vector<float> row(k);
     if (row0 == 0) {
         std::memset(to, 0, packed_bytes(w, kind));  // what pads k and the last panel
@@ -102,7 +107,7 @@ void pack_rows(const ggml_tensor * w, packing kind, const void * from, int64_t r
         const size_t panel = m / panel_width, place = m % panel_width;
         if (kind == packing::bf16 && w->type == GGML_TYPE_BF16) {
             const auto * bits = (const uint16_t *) source;
-            uint16_t *   out  = (uint16_t *) to + panel * panel_width * round_up(k, 2) + place * 2;
+            uint16_t * out = (uint16_t *) to + panel * panel_width * round_up(k, 2) + place * 2;
             for (int64_t i = 0; i < k; i++) {
                 out[i / 2 * 2 * panel_width + i % 2] = bits[i];
             }
@@ -125,9 +130,10 @@ void pack_rows(const ggml_tensor * w, packing kind, const void * from, int64_t r
     }
 }
 
-void unpack_rows(const ggml_tensor * w, packing kind, const void * from, int64_t row0, int64_t row1, void * to) {
-    const int64_t      k         = w->ne[0];
-    const size_t       row_bytes = ggml_row_size(w->type, k);
+void unpack_rows(const ggml_tensor * w, packing kind, const void * from, int64_t row0, int64_t row1,
+                 void * to) {
+    const int64_t k = w->ne[0];
+    const size_t row_bytes = ggml_row_size(w->type, k);
     std::vector<float> row(k);
     for (int64_t m = row0; m < row1; m++) {
         const size_t panel = m / panel_width, place = m % panel_width;
@@ -135,11 +141,13 @@ void unpack_rows(const ggml_tensor * w, packing kind, const void * from, int64_t
             if (kind == packing::f32) {
                 row[i] = ((const float *) from)[panel * panel_width * k + i * panel_width + place];
             } else if (kind == packing::bf16) {
-                const size_t at = panel * panel_width * round_up(k, 2) + i / 2 * 2 * panel_width + place * 2 + i % 2;
-                row[i]          = ggml_bf16_to_fp32({ ((const uint16_t *) from)[at] });
+                const size_t at = panel * panel_width * round_up(k, 2) + i / 2 * 2 * panel_width +
+                                  place * 2 + i % 2;
+                row[i] = ggml_bf16_to_fp32({((const uint16_t *) from)[at]});
             } else {
-                const size_t at = panel * panel_width * round_up(k, 4) + i / 4 * 4 * panel_width + place * 4 + i % 4;
-                row[i]          = ((const int8_t *) from)[at] * int8_scales(w, from)[m];
+                const size_t at = panel * panel_width * round_up(k, 4) + i / 4 * 4 * panel_width +
+                                  place * 4 + i % 4;
+                row[i] = ((const int8_t *) from)[at] * int8_scales(w, from)[m];
             }
         }
         char * out = (char *) to + (m - row0) * row_bytes;

@@ -1,5 +1,6 @@
-// Attention of the queries of a segment over the keys they see, for one head: the scores are a product
-// with packed keys, the result one with packed values, both by the micro-kernels of gemm.hpp.
+// Attention of the queries of a segment over the keys they see, for one head: the scores are a
+// product with packed keys, the result one with packed values, both by the micro-kernels of
+// gemm.hpp.
 #pragma once
 
 #include "gemm.hpp"
@@ -16,8 +17,8 @@ LC_INLINE size_t lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 static size_t attention_scratch(int d_k, int d_v, int n_keys) {
     const size_t keys = padded(n_keys);
-    return lines(keys * (d_k + 1) * 4) + lines(keys * padded(d_v) * 4) + lines(tile * (keys + panel_width) * 4) * 2 +
-           lines(tile * panel_width * 4) + 64 * 16;
+    return lines(keys * (d_k + 1) * 4) + lines(keys * padded(d_v) * 4) +
+           lines(tile * (keys + panel_width) * 4) * 2 + lines(tile * panel_width * 4) + 64 * 16;
 }
 
 LC_INLINE vf load_f16(const uint16_t * p) {
@@ -40,28 +41,28 @@ LC_INLINE void transpose16(__m512i r[16]) {
     __m512i t[16];
 #pragma GCC unroll 8
     for (int i = 0; i < 8; i++) {
-        t[2 * i]     = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
         t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
-        r[4 * i]     = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
         r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
         r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
         r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
-        t[i]      = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-        t[i + 4]  = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-        t[i + 8]  = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
         t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
-        r[i]      = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-        r[i + 8]  = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-        r[i + 4]  = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
         r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
     }
 }
@@ -69,19 +70,22 @@ LC_INLINE void transpose16(__m512i r[16]) {
 struct bf16_data {
     typedef uint16_t type;
 
-    static inline __attribute__((always_inline)) void pack_keys(const attention_args & a, const uint16_t * k, int n,
+    static inline __attribute__((always_inline)) void pack_keys(const attention_args & a,
+                                                                const uint16_t * k, int n,
                                                                 uint16_t * out) {
         const int pairs = a.d_k / 2;
         for (int key = 0; key < padded(n); key += 16) {
-            uint16_t * panel = out + (size_t) (key / panel_width) * pairs * panel_width * 2 + key % panel_width * 2;
+            uint16_t * panel = out + (size_t) (key / panel_width) * pairs * panel_width * 2 +
+                               key % panel_width * 2;
             for (int pair = 0; pair < pairs; pair += 16) {
-                const int       some = pairs - pair < 16 ? pairs - pair : 16;
+                const int some = pairs - pair < 16 ? pairs - pair : 16;
                 const __mmask16 mask = (__mmask16) ((1u << some) - 1);
-                __m512i         r[16];
+                __m512i r[16];
 #pragma GCC unroll 16
                 for (int i = 0; i < 16; i++) {
-                    r[i] = key + i < n ? _mm512_maskz_loadu_epi32(mask, k + (key + i) * a.k_row + pair * 2)
-                                       : _mm512_setzero_si512();
+                    r[i] = key + i < n
+                               ? _mm512_maskz_loadu_epi32(mask, k + (key + i) * a.k_row + pair * 2)
+                               : _mm512_setzero_si512();
                 }
                 transpose16(r);
 #pragma GCC unroll 16
@@ -94,20 +98,24 @@ struct bf16_data {
         }
     }
 
-    static inline __attribute__((always_inline)) void pack_values(const attention_args & a, const uint16_t * v, int n,
+    static inline __attribute__((always_inline)) void pack_values(const attention_args & a,
+                                                                  const uint16_t * v, int n,
                                                                   uint16_t * out) {
         const int keys = even(n);
         for (int d = 0; d < padded(a.d_v); d += 16) {
-            const int       some  = a.d_v - d < 16 ? (a.d_v - d < 0 ? 0 : a.d_v - d) : 16;
-            const __mmask16 mask  = (__mmask16) ((1u << some) - 1);
-            uint16_t *      panel = out + (size_t) (d / panel_width) * keys * panel_width + d % panel_width * 2;
+            const int some = a.d_v - d < 16 ? (a.d_v - d < 0 ? 0 : a.d_v - d) : 16;
+            const __mmask16 mask = (__mmask16) ((1u << some) - 1);
+            uint16_t * panel =
+                out + (size_t) (d / panel_width) * keys * panel_width + d % panel_width * 2;
             for (int key = 0; key < keys; key += 2) {
                 __m512i low = _mm512_setzero_si512(), high = low;
                 if (key < n) {
-                    low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, v + key * a.v_row + d));
+                    low = _mm512_cvtepu16_epi32(
+                        _mm256_maskz_loadu_epi16(mask, v + key * a.v_row + d));
                 }
                 if (key + 1 < n) {
-                    high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, v + (key + 1) * a.v_row + d));
+                    high = _mm512_cvtepu16_epi32(
+                        _mm256_maskz_loadu_epi16(mask, v + (key + 1) * a.v_row + d));
                 }
                 _mm512_storeu_si512(panel + (size_t) key * panel_width,
                                     _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
@@ -116,15 +124,17 @@ struct bf16_data {
     }
 
     template <int NT>
-    static inline __attribute__((always_inline)) void product(const uint16_t * w, const uint16_t * x, size_t ldx, int k,
+    static inline __attribute__((always_inline)) void product(const uint16_t * w,
+                                                              const uint16_t * x, size_t ldx, int k,
                                                               float * out, size_t ldo) {
         product_bf16<NT>(w, x, ldx, k, out, ldo);
     }
 
     // Scores of up to 32 keys.
     template <int NT>
-    static inline __attribute__((always_inline)) void scores(const uint16_t * w, const uint16_t * x, size_t ldx, int k,
-                                                             float * out, size_t ldo, int n) {
+    static inline __attribute__((always_inline)) void scores(const uint16_t * w, const uint16_t * x,
+                                                             size_t ldx, int k, float * out,
+                                                             size_t ldo, int n) {
         if (n > 16) {
             product_bf16<NT>(w, x, ldx, k, out, ldo);
         } else {
@@ -141,38 +151,43 @@ struct bf16_data {
 struct f32_data {
     typedef float type;
 
-    static inline __attribute__((always_inline)) void pack_keys(const attention_args & a, const float * k, int n,
+    static inline __attribute__((always_inline)) void pack_keys(const attention_args & a,
+                                                                const float * k, int n,
                                                                 float * out) {
         for (int key = 0; key < padded(n); key++) {
-            float * panel = out + (size_t) (key / panel_width) * a.d_k * panel_width + key % panel_width;
+            float * panel =
+                out + (size_t) (key / panel_width) * a.d_k * panel_width + key % panel_width;
             for (int d = 0; d < a.d_k; d++) {
                 panel[(size_t) d * panel_width] = key < n ? k[key * a.k_row + d] : 0.f;
             }
         }
     }
 
-    static inline __attribute__((always_inline)) void pack_values(const attention_args & a, const float * v, int n,
+    static inline __attribute__((always_inline)) void pack_values(const attention_args & a,
+                                                                  const float * v, int n,
                                                                   float * out) {
         const int keys = even(n);
         std::memset(out, 0, (size_t) padded(a.d_v) * keys * sizeof(float));
         for (int d = 0; d < a.d_v; d += panel_width) {
             const int some = a.d_v - d < panel_width ? a.d_v - d : panel_width;
             for (int key = 0; key < n; key++) {
-                std::memcpy(out + (size_t) d * keys + (size_t) key * panel_width, v + key * a.v_row + d,
-                            some * sizeof(float));
+                std::memcpy(out + (size_t) d * keys + (size_t) key * panel_width,
+                            v + key * a.v_row + d, some * sizeof(float));
             }
         }
     }
 
     template <int NT>
-    static inline __attribute__((always_inline)) void product(const float * w, const float * x, size_t ldx, int k,
-                                                              float * out, size_t ldo) {
+    static inline __attribute__((always_inline)) void product(const float * w, const float * x,
+                                                              size_t ldx, int k, float * out,
+                                                              size_t ldo) {
         product_f32<NT>(w, x, ldx, k, out, ldo);
     }
 
     template <int NT>
-    static inline __attribute__((always_inline)) void scores(const float * w, const float * x, size_t ldx, int k,
-                                                             float * out, size_t ldo, int) {
+    static inline __attribute__((always_inline)) void scores(const float * w, const float * x,
+                                                             size_t ldx, int k, float * out,
+                                                             size_t ldo, int) {
         product_f32<NT>(w, x, ldx, k, out, ldo);
     }
 
@@ -181,9 +196,10 @@ struct f32_data {
     static inline __attribute__((always_inline)) void keep(float * p, vf v) { store(p, v); }
 };
 
-// Scores of one row over keys [key, key + n) as softmax wants them, in units of log2, where that is more
-// than a factor; and minus infinity for the keys that pad the last vector.
-LC_INLINE void adjust(const attention_args & a, const segment & s, int row, int key, int n, float * scores) {
+// Scores of one row over keys [key, key + n) as softmax wants them, in units of log2, where that is
+// more than a factor; and minus infinity for the keys that pad the last vector.
+LC_INLINE void adjust(const attention_args & a, const segment & s, int row, int key, int n,
+                      float * scores) {
     float scale = a.scale;
     if (a.softcap != 0) {
         for (int i = 0; i < n; i += width) {
@@ -192,14 +208,14 @@ LC_INLINE void adjust(const attention_args & a, const segment & s, int row, int 
         scale = 1;
     }
     const uint16_t * mask = a.mask + row * a.mask_row + s.key0 + key;
-    int              i    = 0;
+    int i = 0;
     for (; i + width <= n; i += width) {
         const vf bias = s.clean ? vf{} : load_f16(mask + i) * a.slope;
         store(scores + i, (load(scores + i) * scale + bias) * log2e);
     }
     for (; i < n; i++) {
         const float bias = s.clean ? 0.f : from_f16(mask[i]) * a.slope;
-        scores[i]        = (scores[i] * scale + bias) * log2e;
+        scores[i] = (scores[i] * scale + bias) * log2e;
     }
 }
 
@@ -211,12 +227,14 @@ LC_INLINE void close_padding(float * scores, int n) {
 
 // Softmax of one row by itself, from its scores on. Returns 1 / the sum of its weights.
 template <class data>
-LC_INLINE float soften_row(const attention_args & a, const segment & s, int row, const typename data::type * q,
-                           const typename data::type * keys, float * scores, typename data::type * out) {
-    const int  n      = s.key1 - s.key0;
+LC_INLINE float soften_row(const attention_args & a, const segment & s, int row,
+                           const typename data::type * q, const typename data::type * keys,
+                           float * scores, typename data::type * out) {
+    const int n = s.key1 - s.key0;
     const bool simple = s.clean && a.softcap == 0;
     for (int i = 0; i < n; i += panel_width) {
-        data::template scores<1>(keys + (size_t) i * a.d_k, q, a.q_row, a.d_k, scores + i, panel_width, n - i);
+        data::template scores<1>(keys + (size_t) i * a.d_k, q, a.q_row, a.d_k, scores + i,
+                                 panel_width, n - i);
     }
     if (!simple) {
         adjust(a, s, row, 0, n, scores);
@@ -226,9 +244,9 @@ LC_INLINE float soften_row(const attention_args & a, const segment & s, int row,
     for (int i = 0; i < n; i += width) {
         most = vmax(most, load(scores + i));
     }
-    const float top   = greatest(most), times = simple ? a.scale * log2e : 1.f;
-    const bool  blind = top == -__builtin_inff();  // it sees nothing
-    vf          total = {};
+    const float top = greatest(most), times = simple ? a.scale * log2e : 1.f;
+    const bool blind = top == -__builtin_inff();  // it sees nothing
+    vf total = {};
     for (int i = 0; i < n; i += width) {
         const vf p = blind ? vf{} : exp2v((load(scores + i) - top) * times);
         total += p;
@@ -237,24 +255,27 @@ LC_INLINE float soften_row(const attention_args & a, const segment & s, int row,
     return blind ? 0 : 1.f / sum(total);
 }
 
-// NT rows of queries. Softmax may take any number off the scores before exp, if no row's sum leaves the
-// range of float: that is the greatest score of the first 32 keys, for all rows. So the scores go through a
-// small buffer once. Rows for which that number was no measure are done again by themselves.
+// NT rows of queries. Softmax may take any number off the scores before exp, if no row's sum leaves
+// the range of float: that is the greatest score of the first 32 keys, for all rows. So the scores
+// go through a small buffer once. Rows for which that number was no measure are done again by
+// themselves.
 template <class data, int NT>
 LC_INLINE void attend(const attention_args & a, const segment & s, int head, int row,
-                      const typename data::type * keys, const typename data::type * values, float * scores,
-                      typename data::type * weights, float * result) {
+                      const typename data::type * keys, const typename data::type * values,
+                      float * scores, typename data::type * weights, float * result) {
     typedef typename data::type type;
-    const int       n = s.key1 - s.key0, pairs = even(n);
-    const ptrdiff_t stride = padded(n) + panel_width;  // no power of two, which would share few lines
-    const type *    q      = (const type *) a.q + row * a.q_row + head * a.q_head;
-    const bool      simple = s.clean && a.softcap == 0;
-    const float     times  = simple ? a.scale * log2e : 1.f;
-    float           shift  = 0;
-    vf              total[NT] = {};
+    const int n = s.key1 - s.key0, pairs = even(n);
+    const ptrdiff_t stride =
+        padded(n) + panel_width;  // no power of two, which would share few lines
+    const type * q = (const type *) a.q + row * a.q_row + head * a.q_head;
+    const bool simple = s.clean && a.softcap == 0;
+    const float times = simple ? a.scale * log2e : 1.f;
+    float shift = 0;
+    vf total[NT] = {};
     for (int key = 0; key < n; key += panel_width) {
         const int some = n - key < panel_width ? n - key : panel_width;
-        data::template scores<NT>(keys + (size_t) key * a.d_k, q, a.q_row, a.d_k, scores, panel_width, some);
+        data::template scores<NT>(keys + (size_t) key * a.d_k, q, a.q_row, a.d_k, scores,
+                                  panel_width, some);
         for (int t = 0; t < NT; t++) {
             if (!simple) {
                 adjust(a, s, row + t, key, some, scores + t * panel_width);
@@ -287,15 +308,17 @@ LC_INLINE void attend(const attention_args & a, const segment & s, int head, int
     }
     for (int t = 0; t < NT; t++) {
         const bool lost = inverse_sums[t] < 1e-20f || inverse_sums[t] > 1e30f;
-        inverse_sums[t] = lost ? soften_row<data>(a, s, row + t, q + t * a.q_row, keys, scores, weights + t * stride)
+        inverse_sums[t] = lost ? soften_row<data>(a, s, row + t, q + t * a.q_row, keys, scores,
+                                                  weights + t * stride)
                                : 1.f / inverse_sums[t];
     }
     for (int d = 0; d < a.d_v; d += panel_width) {
-        data::template product<NT>(values + (size_t) d * pairs, weights, stride, pairs, result, panel_width);
+        data::template product<NT>(values + (size_t) d * pairs, weights, stride, pairs, result,
+                                   panel_width);
         const int some = a.d_v - d < panel_width ? a.d_v - d : panel_width;
         for (int t = 0; t < NT; t++) {
             const ptrdiff_t place = (row + t) * a.y_row + head * a.y_head + d;
-            float *         from  = result + t * panel_width;
+            float * from = result + t * panel_width;
             for (int i = 0; i < panel_width; i += width) {
                 store(from + i, load(from + i) * inverse_sums[t]);
             }
@@ -304,7 +327,8 @@ LC_INLINE void attend(const attention_args & a, const segment & s, int head, int
             }
 #if defined(__AVX512BF16__)
             if (a.y_bf16) {
-                const __m512bh  both = _mm512_cvtne2ps_pbh((__m512) load(from + 16), (__m512) load(from));
+                const __m512bh both =
+                    _mm512_cvtne2ps_pbh((__m512) load(from + 16), (__m512) load(from));
                 const __mmask32 mask = some == 32 ? ~0u : (1u << some) - 1;
                 _mm512_mask_storeu_epi16(a.y_bf16 + place, mask, (__m512i) both);
             }
@@ -313,26 +337,29 @@ LC_INLINE void attend(const attention_args & a, const segment & s, int head, int
     }
 }
 
-template <class data> LC_INLINE void attention_in(const attention_args & a, const segment & s, int head) {
+template <class data>
+LC_INLINE void attention_in(const attention_args & a, const segment & s, int head) {
     typedef typename data::type type;
-    const int                   n = s.key1 - s.key0, end = padded(n);
-    char *                      at     = (char *) a.scratch;
-    const auto                  take   = [&](size_t bytes) {
+    const int n = s.key1 - s.key0, end = padded(n);
+    char * at = (char *) a.scratch;
+    const auto take = [&](size_t bytes) {
         char * p = at;
         at += lines(bytes);
         return p;
     };
-    type *  keys    = (type *) take(sizeof(type) * end * a.d_k);
-    type *  values  = (type *) take(sizeof(type) * even(n) * padded(a.d_v));
-    float * scores  = (float *) take(sizeof(float) * (end > tile * panel_width ? end : tile * panel_width));
-    type *  weights = (type *) take(sizeof(type) * tile * (end + panel_width));
-    float * result  = (float *) take(sizeof(float) * tile * panel_width);
-    const int kv    = head / a.heads_per_kv;
+    type * keys = (type *) take(sizeof(type) * end * a.d_k);
+    type * values = (type *) take(sizeof(type) * even(n) * padded(a.d_v));
+    float * scores =
+        (float *) take(sizeof(float) * (end > tile * panel_width ? end : tile * panel_width));
+    type * weights = (type *) take(sizeof(type) * tile * (end + panel_width));
+    float * result = (float *) take(sizeof(float) * tile * panel_width);
+    const int kv = head / a.heads_per_kv;
     data::pack_keys(a, (const type *) a.k + s.key0 * a.k_row + kv * a.k_head, n, keys);
     data::pack_values(a, (const type *) a.v + s.key0 * a.v_row + kv * a.v_head, n, values);
     const auto part = [&](int row, int rows) {
         switch (rows) {
-            case 12: return attend<data, 12>(a, s, head, row, keys, values, scores, weights, result);
+            case 12:
+                return attend<data, 12>(a, s, head, row, keys, values, scores, weights, result);
             case 8: return attend<data, 8>(a, s, head, row, keys, values, scores, weights, result);
             case 6: return attend<data, 6>(a, s, head, row, keys, values, scores, weights, result);
             case 4: return attend<data, 4>(a, s, head, row, keys, values, scores, weights, result);
@@ -340,12 +367,12 @@ template <class data> LC_INLINE void attention_in(const attention_args & a, cons
             default: return attend<data, 1>(a, s, head, row, keys, values, scores, weights, result);
         }
     };
-    // A last tile that is not full begins among rows that are done already, which is faster than tiles of
-    // one or two rows.
+    // A last tile that is not full begins among rows that are done already, which is faster than
+    // tiles of one or two rows.
     for (int row = s.row0; row < s.row1;) {
         const int left = s.row1 - row, all = s.row1 - s.row0;
-        int       rows = tile;
-        static constexpr int sizes[] = { 8, 6, 4, 2, 1 };
+        int rows = tile;
+        static constexpr int sizes[] = {8, 6, 4, 2, 1};
         for (int smaller : sizes) {
             if (smaller < tile && (smaller >= left || rows > all)) {
                 rows = smaller;

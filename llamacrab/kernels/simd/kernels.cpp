@@ -13,7 +13,8 @@ const kernel_set * LLAMACRAB_SET() {
 #else
         "plain", false,
 #endif
-        tile,  linear, norm, attention_scratch, attention, to_bf16, to_f32, add, mul, unary, gate,
+        tile,          linear, norm, attention_scratch, attention, to_bf16, to_f32, add,
+        mul,           unary,  gate,
     };
     return &set;
 }

@@ -7,38 +7,40 @@ namespace {
 
 using llamacrab::norm_args;
 
-// A row as uint8 for VNNI: value = (byte - zero) * scale. The range of bytes is that of the row's values
-// and zero, so that rows with few negative values, as GELU makes them, do not waste half of it.
+// A row as uint8 for VNNI: value = (byte - zero) * scale. The range of bytes is that of the row's
+// values and zero, so that rows with few negative values, as GELU makes them, do not waste half of
+// it.
 LC_INLINE void quantize_row(const float * x, int n, uint8_t * y, float * scale) {
-    vf  low = {}, high = {}, finite = {};  // zero times NaN is NaN, which a maximum may lose
+    vf low = {}, high = {}, finite = {};  // zero times NaN is NaN, which a maximum may lose
     int i = 0;
     for (; i + width <= n; i += width) {
         const vf v = load(x + i);
-        high       = vmax(high, v);
-        low        = vmax(low, -v);
+        high = vmax(high, v);
+        low = vmax(low, -v);
         finite += v * 0.f;
     }
     float top = greatest(high), bottom = greatest(low), zero_sum = sum(finite);
     for (; i < n; i++) {
-        top    = x[i] > top ? x[i] : top;
+        top = x[i] > top ? x[i] : top;
         bottom = -x[i] > bottom ? -x[i] : bottom;
         zero_sum += x[i] * 0.f;
     }
     const float range = top + bottom + zero_sum;
     const float times = range > 0 ? 255.f / range : 0.f;
-    const float zero  = __builtin_rintf(bottom * times);
-    scale[0]          = range / 255.f;
-    scale[1]          = zero;
-    i                 = 0;
+    const float zero = __builtin_rintf(bottom * times);
+    scale[0] = range / 255.f;
+    scale[1] = zero;
+    i = 0;
 #if defined(__AVX512F__)
     for (; i + width <= n; i += width) {
         const __m512i v = _mm512_cvtps_epi32((__m512) (load(x + i) * times + zero));
-        _mm_storeu_si128((__m128i *) (y + i), _mm512_cvtusepi32_epi8(_mm512_max_epi32(v, _mm512_setzero_si512())));
+        _mm_storeu_si128((__m128i *) (y + i),
+                         _mm512_cvtusepi32_epi8(_mm512_max_epi32(v, _mm512_setzero_si512())));
     }
 #endif
     for (; i < n; i++) {
         const float v = __builtin_rintf(x[i] * times + zero);
-        y[i]          = (uint8_t) (v > 255.f ? 255.f : v > 0.f ? v : 0.f);
+        y[i] = (uint8_t) (v > 255.f ? 255.f : v > 0.f ? v : 0.f);
     }
     for (; i % 4; i++) {
         y[i] = 0;  // pads k, where weights are 0
@@ -50,12 +52,12 @@ static void norm(const norm_args & a, int row0, int row1) {
     for (int row = row0; row < row1; row++) {
         const float * x = a.x + row * a.ldx;
         const float * r = a.residual ? a.residual + row * a.ldr : nullptr;
-        const int     n = a.n, whole = n / width * width;
-        // The sum, then the variance about the mean, each in four parts that do not wait for each other. What
-        // is left over is padded with zeros.
+        const int n = a.n, whole = n / width * width;
+        // The sum, then the variance about the mean, each in four parts that do not wait for each
+        // other. What is left over is padded with zeros.
         constexpr int many = 4 * width;
-        vf            s[4] = {};
-        int           i    = 0;
+        vf s[4] = {};
+        int i = 0;
         for (; i + many <= n; i += many) {
 #pragma GCC unroll 4
             for (int j = 0; j < 4; j++) {
@@ -69,7 +71,7 @@ static void norm(const norm_args & a, int row0, int row1) {
         }
         for (; i < n; i += width) {
             const int some = n - i < width ? n - i : width;
-            vf        v    = load_part(x + i, some);
+            vf v = load_part(x + i, some);
             if (r) {
                 v += load_part(r + i, some);
             }
@@ -78,7 +80,7 @@ static void norm(const norm_args & a, int row0, int row1) {
         }
         float mean = 0, times = 1;
         if (a.norm) {
-            mean     = a.rms ? 0.f : sum((s[0] + s[1]) + (s[2] + s[3])) / n;
+            mean = a.rms ? 0.f : sum((s[0] + s[1]) + (s[2] + s[3])) / n;
             vf sq[4] = {};
             for (i = 0; i + many <= n; i += many) {
 #pragma GCC unroll 4
@@ -93,7 +95,7 @@ static void norm(const norm_args & a, int row0, int row1) {
             }
             times = 1.f / __builtin_sqrtf(total / n + a.eps);
         }
-        float *    y = a.y ? a.y + row * a.ldy : nullptr;
+        float * y = a.y ? a.y + row * a.ldy : nullptr;
         uint16_t * b = a.y_bf16 ? a.y_bf16 + row * a.ldy : nullptr;
         for (i = 0; i < whole; i += width) {
             vf v = load(t + i);
@@ -174,7 +176,8 @@ static void mul(const float * a, const float * b, float * y, int64_t n) {
 }
 
 template <activation ACT>
-LC_INLINE void gate_with(const float * a, const float * b, float * y, uint16_t * y_bf16, int64_t n) {
+LC_INLINE void gate_with(const float * a, const float * b, float * y, uint16_t * y_bf16,
+                         int64_t n) {
     int64_t i = 0;
     for (; i + width <= n; i += width) {
         vf v = activate(ACT, load(a + i));
@@ -207,7 +210,8 @@ LC_INLINE void gate_with(const float * a, const float * b, float * y, uint16_t *
     }
 }
 
-static void gate(activation act, const float * a, const float * b, float * y, uint16_t * y_bf16, int64_t n) {
+static void gate(activation act, const float * a, const float * b, float * y, uint16_t * y_bf16,
+                 int64_t n) {
     switch (act) {
         case activation::none: return gate_with<activation::none>(a, b, y, y_bf16, n);
         case activation::gelu: return gate_with<activation::gelu>(a, b, y, y_bf16, n);
@@ -220,6 +224,8 @@ static void gate(activation act, const float * a, const float * b, float * y, ui
     }
 }
 
-static void unary(activation act, const float * x, float * y, int64_t n) { gate(act, x, nullptr, y, nullptr, n); }
+static void unary(activation act, const float * x, float * y, int64_t n) {
+    gate(act, x, nullptr, y, nullptr, n);
+}
 
 }  // namespace

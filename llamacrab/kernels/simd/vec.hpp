@@ -1,12 +1,12 @@
-// Vectors of the width that this translation unit is compiled for. Everything is always inlined and in
-// an unnamed namespace: a function with AVX-512 in it must never be what another unit links to.
+// Vectors of the width that this translation unit is compiled for. Everything is always inlined and
+// in an unnamed namespace: a function with AVX-512 in it must never be what another unit links to.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
 #if defined(__x86_64__)
-#    include <immintrin.h>
+#include <immintrin.h>
 #endif
 
 #define LC_INLINE static inline __attribute__((always_inline))
@@ -21,7 +21,7 @@ constexpr int width = 8;
 constexpr int width = 4;
 #endif
 
-typedef float   vf __attribute__((vector_size(4 * width)));
+typedef float vf __attribute__((vector_size(4 * width)));
 typedef int32_t vi __attribute__((vector_size(4 * width)));
 
 LC_INLINE vf load(const float * p) {
@@ -91,9 +91,10 @@ LC_INLINE vf load_part(const float * p, int n) {
 // How exact a function must be: to float's last bits, or to what is left of it in bf16.
 enum class exactness { full, half };
 
-// exp2: x is split into a whole and a fraction, and the whole put into the exponent. The relative error of
-// the polynomials is 8e-8 and 8e-5.
-template <exactness E = exactness::full> LC_INLINE vf exp2v(vf x) {
+// exp2: x is split into a whole and a fraction, and the whole put into the exponent. The relative
+// error of the polynomials is 8e-8 and 8e-5.
+template <exactness E = exactness::full>
+LC_INLINE vf exp2v(vf x) {
     vf p;
 #if defined(__AVX512DQ__)
     // The fraction in [0, 1); scalef takes the whole by itself, and knows infinities.
@@ -111,22 +112,23 @@ template <exactness E = exactness::full> LC_INLINE vf exp2v(vf x) {
     }
     return (vf) _mm512_scalef_ps((__m512) p, (__m512) x);
 #else
-    x            = vmin(splat(127.f), vmax(splat(-126.f), x));
+    x = vmin(splat(127.f), vmax(splat(-126.f), x));
     const vf big = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to a whole number
-    const vf t   = x + big;
-    const vf f   = x - (t - big);  // in [-1/2, 1/2]
-    p            = f * 1.32764701e-3f + 9.67554096e-3f;
-    p            = p * f + 5.55071346e-2f;
-    p            = p * f + 2.40221202e-1f;
-    p            = p * f + 6.93146944e-1f;
-    p            = p * f + 1.00000012f;
+    const vf t = x + big;
+    const vf f = x - (t - big);  // in [-1/2, 1/2]
+    p = f * 1.32764701e-3f + 9.67554096e-3f;
+    p = p * f + 5.55071346e-2f;
+    p = p * f + 2.40221202e-1f;
+    p = p * f + 6.93146944e-1f;
+    p = p * f + 1.00000012f;
     return (vf) ((vi) p + ((vi) t << 23));
 #endif
 }
 
 constexpr float log2e = 1.44269504f;
 
-template <exactness E = exactness::full> LC_INLINE vf inverse(vf x) {
+template <exactness E = exactness::full>
+LC_INLINE vf inverse(vf x) {
 #if defined(__AVX512F__)
     const __m512 r = _mm512_rcp14_ps((__m512) x);
     if (E == exactness::half) {
@@ -134,18 +136,21 @@ template <exactness E = exactness::full> LC_INLINE vf inverse(vf x) {
     }
     const __m512 e = _mm512_fnmadd_ps((__m512) x, r, _mm512_set1_ps(2.f));
     // Where the estimate is 0 (x infinite) the correction would be infinity times 0.
-    return (vf) _mm512_mask_mul_ps(r, _mm512_cmp_ps_mask(r, _mm512_setzero_ps(), _CMP_NEQ_UQ), r, e);
+    return (vf) _mm512_mask_mul_ps(r, _mm512_cmp_ps_mask(r, _mm512_setzero_ps(), _CMP_NEQ_UQ), r,
+                                   e);
 #else
     return 1.f / x;
 #endif
 }
 
-template <exactness E = exactness::full> LC_INLINE vf sigmoidv(vf x) {
+template <exactness E = exactness::full>
+LC_INLINE vf sigmoidv(vf x) {
     return inverse<E>(1.f + exp2v<E>(x * -log2e));
 }
 
 // BERT's GELU in llama.cpp: the approximation by tanh, as x times a sigmoid.
-template <exactness E = exactness::full> LC_INLINE vf geluv(vf x) {
+template <exactness E = exactness::full>
+LC_INLINE vf geluv(vf x) {
     const float c = -log2e * 2 * 0.79788456f;
     return x * inverse<E>(1.f + exp2v<E>(x * (x * x * (c * 0.044715f) + c)));
 }
@@ -154,11 +159,11 @@ template <exactness E = exactness::full> LC_INLINE vf geluv(vf x) {
 LC_INLINE vf gelu_erfv(vf x) {
     const vf z = vabs(x) * 0.70710678f;
     const vf t = inverse(1.f + z * 0.3275911f);
-    vf       p = splat(1.061405429f);
-    p          = p * t - 1.453152027f;
-    p          = p * t + 1.421413741f;
-    p          = p * t - 0.284496736f;
-    p          = p * t + 0.254829592f;
+    vf p = splat(1.061405429f);
+    p = p * t - 1.453152027f;
+    p = p * t + 1.421413741f;
+    p = p * t - 0.284496736f;
+    p = p * t + 0.254829592f;
     const vf tail = p * t * exp2v(z * z * -log2e) * 0.5f;  // the probability beyond |x|
     return x * (x > 0.f ? 1.f - tail : tail);
 }
@@ -172,7 +177,8 @@ LC_INLINE void store_bf16(uint16_t * p, vf v) {
 }
 
 LC_INLINE vf load_bf16(const uint16_t * p) {
-    return (vf) _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *) p)), 16);
+    return (vf) _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *) p)),
+                                  16);
 }
 #endif
 
@@ -197,7 +203,7 @@ LC_INLINE uint16_t round_bf16(float x) {
 
 LC_INLINE float from_bf16(uint16_t x) {
     const uint32_t u = (uint32_t) x << 16;
-    float          f;
+    float f;
     std::memcpy(&f, &u, sizeof f);
     return f;
 }
@@ -208,8 +214,8 @@ LC_INLINE float from_f16(uint16_t h) {
 #else
     const uint32_t sign = (uint32_t) (h & 0x8000) << 16;
     const uint32_t rest = h & 0x7fff;
-    uint32_t       bits;
-    float          f;
+    uint32_t bits;
+    float f;
     if (rest >= 0x7c00) {
         bits = sign | 0x7f800000 | (rest & 0x3ff) << 13;
     } else if (rest >= 0x400) {
