@@ -68,7 +68,7 @@ include "devices.pyx"
 
 c.log_install(_log_sink)
 native.asserts_install()
-native.kernels_install()
+native.install_kernels()
 if c.LLAMACRAB_LLAMA_PLUGINS:
     # Beside this file and nowhere else: left alone, ggml would look into the current folder too.
     c.ggml_backend_load_all_from_path(os.fsencode(os.path.dirname(__file__)))

@@ -26,7 +26,7 @@ def system_info():
 
 def kernels():
     """Return the name of the kernel set in use, such as "avx512_bf16"; None where there is none."""
-    cdef const char *name = native.kernels_name()
+    cdef const char *name = native.active_kernels()
     return None if name == NULL else name.decode()
 
 

@@ -28,26 +28,29 @@ cdef extern from "native/thread_pool.hpp" namespace "llamacrab" nogil:
         crew(size_t n_helpers) except +
 
 
-cdef extern from "kernels/kernels.hpp" namespace "llamacrab" nogil:
+cdef extern from "kernels/kernels.hpp" namespace "llamacrab::kernels" nogil:
     enum class cpu_backend:
         ggml
         llamacrab
         int8
 
-    const char *kernels_name()
-    cbool kernels_worthwhile()
-    void kernels_install() except +
+    const char *active_kernels "llamacrab::kernels::active_name"()
+    cbool prefer_kernels "llamacrab::kernels::preferred_over_ggml"()
+    void install_kernels "llamacrab::kernels::install"() except +
 
 
-cdef extern from "kernels/testing/compare_with_ggml.hpp" namespace "llamacrab" nogil:
+cdef extern from "kernels/testing/compare_with_ggml.hpp" namespace "llamacrab::kernels" nogil:
     double check_kernels(const string &kind, const vector[int] &numbers) except +
 
 
 cdef extern from "native/llama_guard.hpp" namespace "llamacrab" nogil:
     void asserts_install()
+    llama_context *make_context(llama_model *model, llama_context_params params) except +
+
+
+cdef extern from "core/load_model.hpp" namespace "llamacrab" nogil:
     llama_model *load_model(
         const char *path, llama_model_params params, cpu_backend backend) except +
-    llama_context *make_context(llama_model *model, llama_context_params params) except +
 
 
 cdef extern from "native/tokenization.hpp" namespace "llamacrab" nogil:

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
-namespace llamacrab {
+namespace llamacrab::kernels {
 
 constexpr uint16_t unseen = 0xfc00;  // minus infinity
 
@@ -75,4 +75,4 @@ std::vector<segment> segments_of(const ggml_tensor * mask, int n_rows, int n_key
     return joined;
 }
 
-}  // namespace llamacrab
+}  // namespace llamacrab::kernels

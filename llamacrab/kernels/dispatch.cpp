@@ -4,11 +4,11 @@
 #include <cstdlib>
 #include <cstring>
 
-namespace llamacrab {
+namespace llamacrab::kernels {
 
 #if !defined(LLAMACRAB_X86_SETS)
-const kernel_set * set_avx2() { return nullptr; }
-const kernel_set * set_avx512_bf16() { return nullptr; }
+const kernel_table * avx2_kernels() { return nullptr; }
+const kernel_table * avx512_bf16_kernels() { return nullptr; }
 #endif
 
 static bool runs_avx2() {
@@ -30,15 +30,15 @@ static bool runs_avx512_bf16() {
 #endif
 }
 
-static const kernel_set & choose() {
+static const kernel_table & choose() {
     const struct {
         const char * name;
         bool runs;
-        const kernel_set * (*set)();
+        const kernel_table * (*set)();
     } known[] = {
-        {"avx512_bf16", runs_avx512_bf16(), set_avx512_bf16},
-        {"avx2", runs_avx2(), set_avx2},
-        {"plain", true, set_plain},
+        {"avx512_bf16", runs_avx512_bf16(), avx512_bf16_kernels},
+        {"avx2", runs_avx2(), avx2_kernels},
+        {"plain", true, plain_kernels},
     };
     const char * wanted = std::getenv("LLAMACRAB_KERNELS");
     for (const auto & one : known) {
@@ -51,12 +51,12 @@ static const kernel_set & choose() {
             return *one.set();
         }
     }
-    return *set_plain();
+    return *plain_kernels();
 }
 
-const kernel_set & kernels() {
-    static const kernel_set & chosen = choose();
+const kernel_table & active_kernels() {
+    static const kernel_table & chosen = choose();
     return chosen;
 }
 
-}  // namespace llamacrab
+}  // namespace llamacrab::kernels

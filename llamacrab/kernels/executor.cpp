@@ -7,7 +7,7 @@
 #include <cstring>
 #include <new>
 
-namespace llamacrab {
+namespace llamacrab::kernels {
 
 // Rows of a product that are computed before their norm: a multiple of every tile that fits in L2
 // beside the weights of a panel.
@@ -96,7 +96,7 @@ static norm_args norm_of(const step & s) {
 }
 
 void graph_runner::run_linear(const step & s) {
-    const kernel_set & set = kernels();
+    const kernel_table & set = active_kernels();
     const int n = (int) ggml_nrows(s.x.tensor);
     linear_args a{};
     a.w = s.w->data;
@@ -158,7 +158,7 @@ void graph_runner::run_linear(const step & s) {
 }
 
 void graph_runner::run_attention(const step & s) {
-    const kernel_set & set = kernels();
+    const kernel_table & set = active_kernels();
     const ggml_tensor *q = s.node->src[0], *k = s.node->src[1], *v = s.node->src[2],
                       *mask = s.node->src[3];
     attention_args a{};
@@ -272,7 +272,7 @@ static void rope_row(const ggml_tensor * node, int row, float * out) {
 }
 
 void graph_runner::run_rows(const step & s, int row0, int row1) {
-    const kernel_set & set = kernels();
+    const kernel_table & set = active_kernels();
     const ggml_tensor *node = s.node, *a = s.x.tensor, *out = s.out;
     const int64_t n = out->ne[0];
     float * y = (float *) out->data;
@@ -426,4 +426,4 @@ void graph_runner::run_rows(const step & s, int row0, int row1) {
     }
 }
 
-}  // namespace llamacrab
+}  // namespace llamacrab::kernels

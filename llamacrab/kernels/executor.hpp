@@ -8,7 +8,7 @@
 #include "ggml_backend.hpp"
 #include "team.hpp"
 
-namespace llamacrab {
+namespace llamacrab::kernels {
 
 constexpr int no_slot = -1;
 
@@ -107,4 +107,4 @@ class graph_runner {
     std::vector<std::pair<const ggml_tensor *, std::vector<segment>>> masks;
 };
 
-}  // namespace llamacrab
+}  // namespace llamacrab::kernels

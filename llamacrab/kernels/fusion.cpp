@@ -15,7 +15,7 @@
 #include "executor.hpp"
 #include "ggml-impl.h"
 
-namespace llamacrab {
+namespace llamacrab::kernels {
 
 // -------------------------------------------------------------------------------------- what we
 // take
@@ -182,7 +182,7 @@ static bool may_write_over(const ggml_tensor * out, const ggml_tensor * in) {
 
 class planner {
   public:
-    explicit planner(const ggml_cgraph * graph) : graph(graph), set(kernels()) {}
+    explicit planner(const ggml_cgraph * graph) : graph(graph), set(active_kernels()) {}
 
     plan make();
 
@@ -267,7 +267,7 @@ class planner {
     void place_slots();
 
     const ggml_cgraph * graph;
-    const kernel_set & set;
+    const kernel_table & set;
     plan made;
     std::unordered_map<const ggml_tensor *, knowledge> know;
     bool half = false;  // attention in bf16
@@ -618,4 +618,4 @@ void planner::place_slots() {
 
 plan make_plan(const ggml_cgraph * graph) { return planner(graph).make(); }
 
-}  // namespace llamacrab
+}  // namespace llamacrab::kernels

@@ -19,7 +19,7 @@
 #include "executor.hpp"
 #include "kernels.hpp"
 
-namespace llamacrab {
+namespace llamacrab::kernels {
 
 constexpr int not_loading = -1;
 
@@ -31,8 +31,8 @@ static int & loading() {
 loading_for::loading_for(cpu_backend wanted) : before(loading()) { loading() = (int) wanted; }
 loading_for::~loading_for() { loading() = before; }
 
-const char * kernels_name() { return kernels().name; }
-bool kernels_worthwhile() { return kernels().bf16; }
+const char * active_name() { return active_kernels().name; }
+bool preferred_over_ggml() { return active_kernels().bf16; }
 
 // ------------------------------------------------------------------------------------- buffers
 
@@ -179,7 +179,7 @@ static ggml_backend_buffer_type_t device_buffer_type(ggml_backend_dev_t) {
 static void device_props(ggml_backend_dev_t, ggml_backend_dev_props * props) {
     std::memset(props, 0, sizeof *props);
     props->name = name();
-    props->description = kernels().name;
+    props->description = active_kernels().name;
     props->type = GGML_BACKEND_DEVICE_TYPE_ACCEL;
 }
 
@@ -201,7 +201,7 @@ static void * proc_address(ggml_backend_reg_t, const char * wanted) {
     return nullptr;
 }
 
-void kernels_install() {
+void install() {
     const auto make_type = [](ggml_backend_buffer_type & type,
                               const char * (*get_name)(ggml_backend_buffer_type_t)) {
         type.iface.get_name = get_name;
@@ -218,7 +218,7 @@ void kernels_install() {
     host_type.iface.is_host = [](ggml_backend_buffer_type_t) { return true; };
 
     device.iface.get_name = [](ggml_backend_dev_t) { return name(); };
-    device.iface.get_description = [](ggml_backend_dev_t) { return kernels().name; };
+    device.iface.get_description = [](ggml_backend_dev_t) { return active_kernels().name; };
     device.iface.get_memory = [](ggml_backend_dev_t, size_t * free, size_t * total) {
         *free = *total = 0;
     };
@@ -240,4 +240,4 @@ void kernels_install() {
     ggml_backend_register(&reg);
 }
 
-}  // namespace llamacrab
+}  // namespace llamacrab::kernels

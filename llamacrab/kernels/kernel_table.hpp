@@ -5,7 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace llamacrab {
+namespace llamacrab::kernels {
 
 // How a matrix of weights is packed: panels of 32 columns of the product (rows of the weight), and
 // in a panel all k in order, so that a micro-kernel reads it from front to back.
@@ -82,7 +82,7 @@ struct attention_args {
     void * scratch;  // attention_scratch() bytes, 64-byte aligned
 };
 
-struct kernel_set {
+struct kernel_table {
     const char * name;
     bool bf16;  // computes with bf16 activations, so that data may stay in it
     int tile;   // rows that a micro-kernel takes
@@ -100,11 +100,11 @@ struct kernel_set {
                  int64_t n);
 };
 
-const kernel_set * set_plain();
-const kernel_set * set_avx2();  // null where the compiler has no such target
-const kernel_set * set_avx512_bf16();
+const kernel_table * plain_kernels();
+const kernel_table * avx2_kernels();  // null where the compiler has no such target
+const kernel_table * avx512_bf16_kernels();
 
 // The best set that this CPU can run, or what LLAMACRAB_KERNELS names, if it can run that.
-const kernel_set & kernels();
+const kernel_table & active_kernels();
 
-}  // namespace llamacrab
+}  // namespace llamacrab::kernels

@@ -2,16 +2,16 @@
 // a model uses if it is loaded inside a scope that says so.
 #pragma once
 
-namespace llamacrab {
+namespace llamacrab::kernels {
 
 enum class cpu_backend : int { ggml, llamacrab, int8 };
 
 // The kernel set in use, such as "avx512_bf16"; null where this build has none.
-const char * kernels_name();
+const char * active_name();
 // Whether the set is faster than ggml's own code, so that a model should use it unasked.
-bool kernels_worthwhile();
+bool preferred_over_ggml();
 // Make the backend known to ggml. Called once, before any model is loaded.
-void kernels_install();
+void install();
 
 // What models that this thread loads compute with while it lives.
 class loading_for {
@@ -24,4 +24,4 @@ class loading_for {
     loading_for & operator=(const loading_for &) = delete;
 };
 
-}  // namespace llamacrab
+}  // namespace llamacrab::kernels

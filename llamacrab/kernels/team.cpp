@@ -2,7 +2,7 @@
 
 #include <system_error>
 
-namespace llamacrab {
+namespace llamacrab::kernels {
 
 void team::share(int n_threads, int n_items, const std::function<void(int, int)> & work) {
     if (n_threads < 2 || n_items < 2) {
@@ -73,4 +73,4 @@ void team::dismiss() {
     threads.clear();
 }
 
-}  // namespace llamacrab
+}  // namespace llamacrab::kernels

@@ -8,7 +8,7 @@
 #include <thread>
 #include <vector>
 
-namespace llamacrab {
+namespace llamacrab::kernels {
 
 class team {
   public:
@@ -35,4 +35,4 @@ class team {
     std::atomic<int> next{0};
 };
 
-}  // namespace llamacrab
+}  // namespace llamacrab::kernels

@@ -3,13 +3,13 @@
 #include "kernels.hpp"
 #include "testing/compare_with_ggml.hpp"
 
-namespace llamacrab {
+namespace llamacrab::kernels {
 
-const char * kernels_name() { return nullptr; }
-bool kernels_worthwhile() { return false; }
-void kernels_install() {}
+const char * active_name() { return nullptr; }
+bool preferred_over_ggml() { return false; }
+void install() {}
 double check_kernels(const std::string &, const std::vector<int> &) { return -1; }
 loading_for::loading_for(cpu_backend) : before(0) {}
 loading_for::~loading_for() { (void) before; }
 
-}  // namespace llamacrab
+}  // namespace llamacrab::kernels

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-namespace llamacrab {
+namespace llamacrab::kernels {
 
 static size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
@@ -159,4 +159,4 @@ void unpack_rows(const ggml_tensor * w, packing kind, const void * from, int64_t
     }
 }
 
-}  // namespace llamacrab
+}  // namespace llamacrab::kernels

@@ -4,7 +4,7 @@
 #include "ggml.h"
 #include "kernel_table.hpp"
 
-namespace llamacrab {
+namespace llamacrab::kernels {
 
 // How a tensor is held in a buffer of packed weights. Vectors, and matrices of types that are not
 // taken, stay as they are.
@@ -24,4 +24,4 @@ void unpack_rows(const ggml_tensor * weight, packing kind, const void * from, in
 const float * int8_scales(const ggml_tensor * weight, const void * data);
 const float * int8_sums(const ggml_tensor * weight, const void * data);
 
-}  // namespace llamacrab
+}  // namespace llamacrab::kernels

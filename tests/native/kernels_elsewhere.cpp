@@ -8,7 +8,7 @@
 
 #include "../../llamacrab/kernels/kernel_table.hpp"
 
-using namespace llamacrab;
+using namespace llamacrab::kernels;
 
 static std::mt19937 random_bits(1);
 
@@ -40,7 +40,7 @@ static uint16_t to_bf16(float x) {
     return (uint16_t) ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-static int check_linear(const kernel_set & set, int rows, int k, int m, packing kind) {
+static int check_linear(const kernel_table & set, int rows, int k, int m, packing kind) {
     const auto x = numbers((size_t) rows * k, 1), w = numbers((size_t) m * k, 0.1f),
                bias = numbers(m, 1);
     const int panels = (m + panel_width - 1) / panel_width;
@@ -82,7 +82,7 @@ static int check_linear(const kernel_set & set, int rows, int k, int m, packing 
                   kind == packing::f32 ? 1e-11 : 2e-5);
 }
 
-static int check_norm(const kernel_set & set, int rows, int n) {
+static int check_norm(const kernel_table & set, int rows, int n) {
     const auto x = numbers((size_t) rows * n, 1), r = numbers((size_t) rows * n, 1),
                w = numbers(n, 1), b = numbers(n, 1);
     std::vector<float> y((size_t) rows * n);
@@ -116,7 +116,7 @@ static int check_norm(const kernel_set & set, int rows, int n) {
     return differ("norm", y, wanted, 1e-11);
 }
 
-static int check_attention(const kernel_set & set, int tokens, int d) {
+static int check_attention(const kernel_table & set, int tokens, int d) {
     const auto q = numbers((size_t) tokens * d, 1), k = numbers((size_t) tokens * d, 1),
                v = numbers((size_t) tokens * d, 1);
     std::vector<float> y((size_t) tokens * d);
@@ -160,7 +160,7 @@ static int check_attention(const kernel_set & set, int tokens, int d) {
 }
 
 int main() {
-    const kernel_set & set = *set_plain();
+    const kernel_table & set = *plain_kernels();
     int wrong = 0;
     for (int rows : {1, 3, 4, 17}) {
         for (int m : {5, 32, 70}) {

@@ -7,8 +7,8 @@
 
 namespace {
 
-using llamacrab::attention_args;
-using llamacrab::segment;
+using llamacrab::kernels::attention_args;
+using llamacrab::kernels::segment;
 
 // Keys are padded to whole panels for the scores, and to pairs for the result.
 LC_INLINE int even(int n) { return (n + 1) / 2 * 2; }

@@ -6,10 +6,10 @@
 
 namespace {
 
-using llamacrab::activation;
-using llamacrab::linear_args;
-using llamacrab::packing;
-using llamacrab::panel_width;
+using llamacrab::kernels::activation;
+using llamacrab::kernels::linear_args;
+using llamacrab::kernels::packing;
+using llamacrab::kernels::panel_width;
 
 // Registers decide: 12 rows by 2 vectors of sums take 24 of AVX-512's 32.
 #if defined(__AVX512F__)

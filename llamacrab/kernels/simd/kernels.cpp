@@ -1,11 +1,12 @@
-// One kernel set. Compiled once for each instruction set, with LLAMACRAB_SET naming it.
+// One kernel set. Compiled once for each instruction set, with LLAMACRAB_KERNELS_FUNCTION naming
+// it.
 #include "attention.hpp"
 #include "rowwise.hpp"
 
-namespace llamacrab {
+namespace llamacrab::kernels {
 
-const kernel_set * LLAMACRAB_SET() {
-    static constexpr kernel_set set = {
+const kernel_table * LLAMACRAB_KERNELS_FUNCTION() {
+    static constexpr kernel_table table = {
 #if defined(__AVX512BF16__)
         "avx512_bf16", true,
 #elif defined(__AVX2__)
@@ -16,7 +17,7 @@ const kernel_set * LLAMACRAB_SET() {
         tile,          linear, norm, attention_scratch, attention, to_bf16, to_f32, add,
         mul,           unary,  gate,
     };
-    return &set;
+    return &table;
 }
 
-}  // namespace llamacrab
+}  // namespace llamacrab::kernels

@@ -5,7 +5,7 @@
 
 namespace {
 
-using llamacrab::norm_args;
+using llamacrab::kernels::norm_args;
 
 // A row as uint8 for VNNI: value = (byte - zero) * scale. The range of bytes is that of the row's
 // values and zero, so that rows with few negative values, as GELU makes them, do not waste half of
@@ -48,7 +48,7 @@ LC_INLINE void quantize_row(const float * x, int n, uint8_t * y, float * scale) 
 }
 
 static void norm(const norm_args & a, int row0, int row1) {
-    alignas(64) float t[llamacrab::widest_row];
+    alignas(64) float t[llamacrab::kernels::widest_row];
     for (int row = row0; row < row1; row++) {
         const float * x = a.x + row * a.ldx;
         const float * r = a.residual ? a.residual + row * a.ldr : nullptr;

@@ -12,7 +12,7 @@
 #include "../team.hpp"
 #include "ggml-alloc.h"
 
-namespace llamacrab {
+namespace llamacrab::kernels {
 
 // A graph under construction: weights and inputs with their values, which are the same for both
 // backends.
@@ -369,4 +369,4 @@ double check_kernels(const std::string & kind, const std::vector<int> & n) {
     return off / all;
 }
 
-}  // namespace llamacrab
+}  // namespace llamacrab::kernels
