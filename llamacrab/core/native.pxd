@@ -1,6 +1,7 @@
 # The only declarations of our own C++ core, native/*.hpp.
 from libc.stdint cimport int32_t, int64_t, uint8_t
 from libcpp cimport bool as cbool
+from libcpp.map cimport map as cppmap
 from libcpp.memory cimport unique_ptr
 from libcpp.string cimport string
 from libcpp.vector cimport vector
@@ -24,8 +25,12 @@ cdef extern from "<string_view>" namespace "std" nogil:
 
 
 cdef extern from "native/thread_pool.hpp" namespace "llamacrab" nogil:
-    cppclass crew:
-        crew(size_t n_helpers) except +
+    cppclass thread_pool:
+        thread_pool(size_t max_helpers) except +
+
+
+cdef extern from "native/testing/check_thread_pool.hpp" namespace "llamacrab" nogil:
+    int check_thread_pool(const vector[int] &sizes) except +
 
 
 cdef extern from "kernels/kernels.hpp" namespace "llamacrab::kernels" nogil:
@@ -40,7 +45,11 @@ cdef extern from "kernels/kernels.hpp" namespace "llamacrab::kernels" nogil:
 
 
 cdef extern from "kernels/testing/compare_with_ggml.hpp" namespace "llamacrab::kernels" nogil:
-    double check_kernels(const string &kind, const vector[int] &numbers) except +
+    cppclass field_value:
+        vector[int] numbers
+        string word
+
+    double compare_with_ggml(const string &kind, const cppmap[string, field_value] &fields) except +
 
 
 cdef extern from "native/llama_guard.hpp" namespace "llamacrab" nogil:
@@ -99,7 +108,7 @@ cdef extern from "native/tokenization.hpp" namespace "llamacrab" nogil:
         int64_t n_tokens
 
     encoded encode_texts(const encoding &how, const vector[source] &texts, size_t budget,
-                         crew &helpers) except +
+                         thread_pool &helpers) except +
 
 
 cdef extern from "native/scheduler.hpp" namespace "llamacrab" nogil:

@@ -26,7 +26,7 @@ cdef class _SchedulerHandle:
     """Owns the native scheduler, and keeps what its workers use."""
 
     cdef native.scheduler *ptr
-    cdef native.crew *crew
+    cdef native.thread_pool *helpers
     cdef list contexts
     cdef int pid
 
@@ -35,7 +35,7 @@ cdef class _SchedulerHandle:
             return  # a forked child has no workers to join: what it inherited is left alone
         with nogil:
             del self.ptr
-            del self.crew
+            del self.helpers
 
     cdef int check_process(self) except -1:
         if self.pid != os.getpid():
@@ -139,7 +139,7 @@ cdef class Scheduler:
         n_threads = sum(
             place.n_contexts * max(1, place.how.get("n_threads", 1)) for place in places
         )
-        handle.crew = new native.crew(max(0, min(n_threads, MAX_ENCODERS) - 1))
+        handle.helpers = new native.thread_pool(max(0, min(n_threads, MAX_ENCODERS) - 1))
         self._handle = handle
         _open_schedulers.add(self)
         if on_pack is not None:
@@ -418,7 +418,7 @@ cdef class Job:
         started = time.perf_counter()
         with nogil:
             encoded = native.encode_texts(
-                self._encoder._native, sources, budget, self._handle.crew[0])
+                self._encoder._native, sources, budget, self._handle.helpers[0])
         self._handle.ptr.add_tokenize_seconds(time.perf_counter() - started)
         cdef Py_ssize_t n_texts = encoded.ends.size()
         if encoded.status != native.encode_status.ok:

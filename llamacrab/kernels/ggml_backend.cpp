@@ -18,6 +18,7 @@
 
 #include "executor.hpp"
 #include "kernels.hpp"
+#include "op_support.hpp"
 
 namespace llamacrab::kernels {
 
@@ -44,16 +45,16 @@ static bool is_packed(const ggml_backend_buffer * buffer) {
     return buffer && (buffer->buft == &packed_type || buffer->buft == &packed_int8_type);
 }
 
-bool is_ours(const ggml_tensor * w) { return is_packed(w->buffer); }
+bool is_packed_weight(const ggml_tensor * w) { return is_packed(w->buffer); }
 
-packing packing_in_place(const ggml_tensor * w) {
-    return packing_of(w, w->buffer->buft == &packed_int8_type);
+weight_layout layout_of(const ggml_tensor * w) {
+    return choose_layout(w, w->buffer->buft == &packed_int8_type);
 }
 
 static size_t alignment(ggml_backend_buffer_type_t) { return 64; }
 
 static size_t packed_size(ggml_backend_buffer_type_t type, const ggml_tensor * w) {
-    return packed_bytes(w, packing_of(w, type == &packed_int8_type));
+    return packed_bytes(w, choose_layout(w, type == &packed_int8_type));
 }
 
 // Whole rows of a weight that bytes [offset, offset + size) are, in ggml's layout.
@@ -67,12 +68,12 @@ static bool rows_of(const ggml_tensor * w, size_t offset, size_t size, int64_t &
 
 static void set_tensor(ggml_backend_buffer_t, ggml_tensor * w, const void * data, size_t offset,
                        size_t size) {
-    const packing kind = packing_in_place(w);
+    const weight_layout layout = layout_of(w);
     int64_t row0, row1;
-    if (kind == packing::raw) {
+    if (layout == weight_layout::unpacked) {
         std::memcpy((char *) w->data + offset, data, size);
     } else if (rows_of(w, offset, size, row0, row1)) {
-        pack_rows(w, kind, data, row0, row1, w->data);
+        pack_rows(w, layout, data, row0, row1, w->data);
     } else {
         throw std::runtime_error(std::string("parts of rows of ") + w->name + " cannot be packed");
     }
@@ -80,12 +81,12 @@ static void set_tensor(ggml_backend_buffer_t, ggml_tensor * w, const void * data
 
 static void get_tensor(ggml_backend_buffer_t, const ggml_tensor * w, void * data, size_t offset,
                        size_t size) {
-    const packing kind = packing_in_place(w);
+    const weight_layout layout = layout_of(w);
     int64_t row0, row1;
-    if (kind == packing::raw) {
+    if (layout == weight_layout::unpacked) {
         std::memcpy(data, (const char *) w->data + offset, size);
     } else if (rows_of(w, offset, size, row0, row1)) {
-        unpack_rows(w, kind, w->data, row0, row1, data);
+        unpack_rows(w, layout, w->data, row0, row1, data);
     } else {
         throw std::runtime_error(std::string("parts of rows of ") + w->name +
                                  " cannot be unpacked");
@@ -116,7 +117,7 @@ static ggml_backend_buffer_t allocate_packed(ggml_backend_buffer_type_t type, si
 // ------------------------------------------------------------------------------------- backend
 
 struct backend_state {
-    graph_runner runner;
+    executor graph_executor;
 };
 
 static backend_state & state_of(ggml_backend_t backend) {
@@ -129,7 +130,7 @@ static void free_backend(ggml_backend_t backend) {
 }
 
 static ggml_status compute(ggml_backend_t backend, ggml_cgraph * graph) try {
-    return state_of(backend).runner.run(graph);
+    return state_of(backend).graph_executor.run(graph);
 } catch (const std::bad_alloc &) {
     return GGML_STATUS_ALLOC_FAILED;
 } catch (const std::exception &) {
@@ -137,11 +138,11 @@ static ggml_status compute(ggml_backend_t backend, ggml_cgraph * graph) try {
 }
 
 static void set_n_threads(ggml_backend_t backend, int n) {
-    state_of(backend).runner.set_n_threads(n);
+    state_of(backend).graph_executor.set_n_threads(n);
 }
 
 static void set_abort_callback(ggml_backend_t backend, ggml_abort_callback callback, void * data) {
-    state_of(backend).runner.set_abort(callback, data);
+    state_of(backend).graph_executor.set_abort(callback, data);
 }
 
 static ggml_guid guid = {0x6c, 0x6c, 0x61, 0x6d, 0x61, 0x63, 0x72, 0x61,

@@ -303,7 +303,7 @@ encoded encode_run(const encoding & how, const source * texts, size_t n) {
 
 }  // namespace
 
-encoded encode_texts(const encoding & how, const std::vector<source> & texts, size_t budget, crew & helpers) {
+encoded encode_texts(const encoding & how, const std::vector<source> & texts, size_t budget, thread_pool & helpers) {
     // Parts worth handing to another thread: waking it takes as long as a few hundred bytes.
     constexpr size_t    part_bytes = 4096;
     std::vector<size_t> starts;
@@ -322,7 +322,7 @@ encoded encode_texts(const encoding & how, const std::vector<source> & texts, si
     std::vector<encoded>            parts(n_parts);
     std::vector<std::exception_ptr> thrown(n_parts);
     std::atomic<size_t>             next{0}, n_tokens{0};
-    const auto                      work = [&] {
+    const auto                      work = [&](int) {
         while (n_tokens < budget) {
             const size_t k = next++;
             if (k >= n_parts) {
@@ -336,11 +336,7 @@ encoded encode_texts(const encoding & how, const std::vector<source> & texts, si
             n_tokens += thrown[k] || parts[k].status != encode_status::ok ? budget : parts[k].tokens.size();
         }
     };
-    if (n_parts > 1) {
-        helpers.run(n_parts - 1, work);
-    } else {
-        work();
-    }
+    helpers.run(n_parts, work);
 
     encoded out;
     for (size_t k = 0; k < n_parts && out.status == encode_status::ok; ++k) {

@@ -77,6 +77,6 @@ struct encoded {
 
 // Encode the first of `texts`, at least one and about as many as give `budget` tokens, with the help of
 // `helpers`.
-encoded encode_texts(const encoding & how, const std::vector<source> & texts, size_t budget, crew & helpers);
+encoded encode_texts(const encoding & how, const std::vector<source> & texts, size_t budget, thread_pool & helpers);
 
 }  // namespace llamacrab

@@ -40,7 +40,7 @@ static uint16_t to_bf16(float x) {
     return (uint16_t) ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-static int check_linear(const kernel_table & set, int rows, int k, int m, packing kind) {
+static int check_linear(const kernel_table & set, int rows, int k, int m, weight_layout layout) {
     const auto x = numbers((size_t) rows * k, 1), w = numbers((size_t) m * k, 0.1f),
                bias = numbers(m, 1);
     const int panels = (m + panel_width - 1) / panel_width;
@@ -56,8 +56,8 @@ static int check_linear(const kernel_table & set, int rows, int k, int m, packin
     }
     std::vector<float> y((size_t) rows * m);
     linear_args a{};
-    a.kind = kind;
-    a.w = kind == packing::f32 ? (const void *) packed.data() : pairs.data();
+    a.layout = layout;
+    a.w = layout == weight_layout::f32_panels ? (const void *) packed.data() : pairs.data();
     a.k = k;
     a.m = m;
     a.x = x.data();
@@ -78,8 +78,8 @@ static int check_linear(const kernel_table & set, int rows, int k, int m, packin
                              (1 + std::tanh(0.7978845608 * (sum + 0.044715 * sum * sum * sum))));
         }
     }
-    return differ(kind == packing::f32 ? "product, f32" : "product, bf16 weights", y, wanted,
-                  kind == packing::f32 ? 1e-11 : 2e-5);
+    return differ(layout == weight_layout::f32_panels ? "product, f32" : "product, bf16 weights", y,
+                  wanted, layout == weight_layout::f32_panels ? 1e-11 : 2e-5);
 }
 
 static int check_norm(const kernel_table & set, int rows, int n) {
@@ -125,7 +125,7 @@ static int check_attention(const kernel_table & set, int tokens, int d) {
     a.q = q.data();
     a.k = k.data();
     a.v = v.data();
-    a.kind = packing::f32;
+    a.type = data_type::f32;
     a.q_row = a.k_row = a.v_row = a.y_row = d;
     a.d_k = a.d_v = d;
     a.heads_per_kv = 1;
@@ -160,12 +160,12 @@ static int check_attention(const kernel_table & set, int tokens, int d) {
 }
 
 int main() {
-    const kernel_table & set = *plain_kernels();
+    const kernel_table & set = *generic_kernels();
     int wrong = 0;
     for (int rows : {1, 3, 4, 17}) {
         for (int m : {5, 32, 70}) {
-            wrong += check_linear(set, rows, 64, m, packing::f32) +
-                     check_linear(set, rows, 64, m, packing::bf16);
+            wrong += check_linear(set, rows, 64, m, weight_layout::f32_panels) +
+                     check_linear(set, rows, 64, m, weight_layout::bf16_panels);
         }
     }
     for (int n : {3, 64, 101}) {

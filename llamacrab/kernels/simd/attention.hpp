@@ -8,17 +8,19 @@
 namespace {
 
 using llamacrab::kernels::attention_args;
+using llamacrab::kernels::data_type;
 using llamacrab::kernels::segment;
 
 // Keys are padded to whole panels for the scores, and to pairs for the result.
-LC_INLINE int even(int n) { return (n + 1) / 2 * 2; }
-LC_INLINE int padded(int n) { return (n + panel_width - 1) / panel_width * panel_width; }
-LC_INLINE size_t lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
+LC_INLINE int round_to_pair(int n) { return (n + 1) / 2 * 2; }
+LC_INLINE int round_to_panel(int n) { return (n + panel_width - 1) / panel_width * panel_width; }
+LC_INLINE size_t round_to_line(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 static size_t attention_scratch(int d_k, int d_v, int n_keys) {
-    const size_t keys = padded(n_keys);
-    return lines(keys * (d_k + 1) * 4) + lines(keys * padded(d_v) * 4) +
-           lines(tile * (keys + panel_width) * 4) * 2 + lines(tile * panel_width * 4) + 64 * 16;
+    const size_t keys = round_to_panel(n_keys);
+    return round_to_line(keys * (d_k + 1) * 4) + round_to_line(keys * round_to_panel(d_v) * 4) +
+           round_to_line(tile * (keys + panel_width) * 4) * 2 +
+           round_to_line(tile * panel_width * 4) + 64 * 16;
 }
 
 LC_INLINE vf load_f16(const uint16_t * p) {
@@ -74,12 +76,12 @@ struct bf16_data {
                                                                 const uint16_t * k, int n,
                                                                 uint16_t * out) {
         const int pairs = a.d_k / 2;
-        for (int key = 0; key < padded(n); key += 16) {
+        for (int key = 0; key < round_to_panel(n); key += 16) {
             uint16_t * panel = out + (size_t) (key / panel_width) * pairs * panel_width * 2 +
                                key % panel_width * 2;
             for (int pair = 0; pair < pairs; pair += 16) {
-                const int some = pairs - pair < 16 ? pairs - pair : 16;
-                const __mmask16 mask = (__mmask16) ((1u << some) - 1);
+                const int count = pairs - pair < 16 ? pairs - pair : 16;
+                const __mmask16 mask = (__mmask16) ((1u << count) - 1);
                 __m512i r[16];
 #pragma GCC unroll 16
                 for (int i = 0; i < 16; i++) {
@@ -90,7 +92,7 @@ struct bf16_data {
                 transpose16(r);
 #pragma GCC unroll 16
                 for (int i = 0; i < 16; i++) {
-                    if (i < some) {
+                    if (i < count) {
                         _mm512_storeu_si512(panel + (size_t) (pair + i) * panel_width * 2, r[i]);
                     }
                 }
@@ -101,10 +103,10 @@ struct bf16_data {
     static inline __attribute__((always_inline)) void pack_values(const attention_args & a,
                                                                   const uint16_t * v, int n,
                                                                   uint16_t * out) {
-        const int keys = even(n);
-        for (int d = 0; d < padded(a.d_v); d += 16) {
-            const int some = a.d_v - d < 16 ? (a.d_v - d < 0 ? 0 : a.d_v - d) : 16;
-            const __mmask16 mask = (__mmask16) ((1u << some) - 1);
+        const int keys = round_to_pair(n);
+        for (int d = 0; d < round_to_panel(a.d_v); d += 16) {
+            const int count = a.d_v - d < 16 ? (a.d_v - d < 0 ? 0 : a.d_v - d) : 16;
+            const __mmask16 mask = (__mmask16) ((1u << count) - 1);
             uint16_t * panel =
                 out + (size_t) (d / panel_width) * keys * panel_width + d % panel_width * 2;
             for (int key = 0; key < keys; key += 2) {
@@ -142,9 +144,11 @@ struct bf16_data {
         }
     }
 
-    static constexpr exactness exact = exactness::half;
+    static constexpr precision exact = precision::bf16;
 
-    static inline __attribute__((always_inline)) void keep(uint16_t * p, vf v) { store_bf16(p, v); }
+    static inline __attribute__((always_inline)) void store_weights(uint16_t * p, vf v) {
+        store_bf16(p, v);
+    }
 };
 #endif
 
@@ -154,7 +158,7 @@ struct f32_data {
     static inline __attribute__((always_inline)) void pack_keys(const attention_args & a,
                                                                 const float * k, int n,
                                                                 float * out) {
-        for (int key = 0; key < padded(n); key++) {
+        for (int key = 0; key < round_to_panel(n); key++) {
             float * panel =
                 out + (size_t) (key / panel_width) * a.d_k * panel_width + key % panel_width;
             for (int d = 0; d < a.d_k; d++) {
@@ -166,13 +170,13 @@ struct f32_data {
     static inline __attribute__((always_inline)) void pack_values(const attention_args & a,
                                                                   const float * v, int n,
                                                                   float * out) {
-        const int keys = even(n);
-        std::memset(out, 0, (size_t) padded(a.d_v) * keys * sizeof(float));
+        const int keys = round_to_pair(n);
+        std::memset(out, 0, (size_t) round_to_panel(a.d_v) * keys * sizeof(float));
         for (int d = 0; d < a.d_v; d += panel_width) {
-            const int some = a.d_v - d < panel_width ? a.d_v - d : panel_width;
+            const int count = a.d_v - d < panel_width ? a.d_v - d : panel_width;
             for (int key = 0; key < n; key++) {
                 std::memcpy(out + (size_t) d * keys + (size_t) key * panel_width,
-                            v + key * a.v_row + d, some * sizeof(float));
+                            v + key * a.v_row + d, count * sizeof(float));
             }
         }
     }
@@ -191,15 +195,17 @@ struct f32_data {
         product_f32<NT>(w, x, ldx, k, out, ldo);
     }
 
-    static constexpr exactness exact = exactness::full;
+    static constexpr precision exact = precision::f32;
 
-    static inline __attribute__((always_inline)) void keep(float * p, vf v) { store(p, v); }
+    static inline __attribute__((always_inline)) void store_weights(float * p, vf v) {
+        store(p, v);
+    }
 };
 
 // Scores of one row over keys [key, key + n) as softmax wants them, in units of log2, where that is
 // more than a factor; and minus infinity for the keys that pad the last vector.
-LC_INLINE void adjust(const attention_args & a, const segment & s, int row, int key, int n,
-                      float * scores) {
+LC_INLINE void apply_mask(const attention_args & a, const segment & s, int row, int key, int n,
+                          float * scores) {
     float scale = a.scale;
     if (a.softcap != 0) {
         for (int i = 0; i < n; i += width) {
@@ -210,16 +216,16 @@ LC_INLINE void adjust(const attention_args & a, const segment & s, int row, int 
     const uint16_t * mask = a.mask + row * a.mask_row + s.key0 + key;
     int i = 0;
     for (; i + width <= n; i += width) {
-        const vf bias = s.clean ? vf{} : load_f16(mask + i) * a.slope;
+        const vf bias = s.unmasked ? vf{} : load_f16(mask + i) * a.slope;
         store(scores + i, (load(scores + i) * scale + bias) * log2e);
     }
     for (; i < n; i++) {
-        const float bias = s.clean ? 0.f : from_f16(mask[i]) * a.slope;
+        const float bias = s.unmasked ? 0.f : from_f16(mask[i]) * a.slope;
         scores[i] = (scores[i] * scale + bias) * log2e;
     }
 }
 
-LC_INLINE void close_padding(float * scores, int n) {
+LC_INLINE void mask_padding(float * scores, int n) {
     for (; n % width; n++) {
         scores[n] = -__builtin_inff();
     }
@@ -227,32 +233,32 @@ LC_INLINE void close_padding(float * scores, int n) {
 
 // Softmax of one row by itself, from its scores on. Returns 1 / the sum of its weights.
 template <class data>
-LC_INLINE float soften_row(const attention_args & a, const segment & s, int row,
-                           const typename data::type * q, const typename data::type * keys,
-                           float * scores, typename data::type * out) {
+LC_INLINE float softmax_row(const attention_args & a, const segment & s, int row,
+                            const typename data::type * q, const typename data::type * keys,
+                            float * scores, typename data::type * out) {
     const int n = s.key1 - s.key0;
-    const bool simple = s.clean && a.softcap == 0;
+    const bool scale_only = s.unmasked && a.softcap == 0;
     for (int i = 0; i < n; i += panel_width) {
         data::template scores<1>(keys + (size_t) i * a.d_k, q, a.q_row, a.d_k, scores + i,
                                  panel_width, n - i);
     }
-    if (!simple) {
-        adjust(a, s, row, 0, n, scores);
+    if (!scale_only) {
+        apply_mask(a, s, row, 0, n, scores);
     }
-    close_padding(scores, n);
-    vf most = splat(-__builtin_inff());
+    mask_padding(scores, n);
+    vf maxima = splat(-__builtin_inff());
     for (int i = 0; i < n; i += width) {
-        most = vmax(most, load(scores + i));
+        maxima = vmax(maxima, load(scores + i));
     }
-    const float top = greatest(most), times = simple ? a.scale * log2e : 1.f;
-    const bool blind = top == -__builtin_inff();  // it sees nothing
+    const float max = reduce_max(maxima), score_scale = scale_only ? a.scale * log2e : 1.f;
+    const bool fully_masked = max == -__builtin_inff();  // it sees nothing
     vf total = {};
     for (int i = 0; i < n; i += width) {
-        const vf p = blind ? vf{} : exp2v((load(scores + i) - top) * times);
+        const vf p = fully_masked ? vf{} : exp2v((load(scores + i) - max) * score_scale);
         total += p;
-        data::keep(out + i, p);
+        data::store_weights(out + i, p);
     }
-    return blind ? 0 : 1.f / sum(total);
+    return fully_masked ? 0 : 1.f / reduce_sum(total);
 }
 
 // NT rows of queries. Softmax may take any number off the scores before exp, if no row's sum leaves
@@ -260,62 +266,63 @@ LC_INLINE float soften_row(const attention_args & a, const segment & s, int row,
 // go through a small buffer once. Rows for which that number was no measure are done again by
 // themselves.
 template <class data, int NT>
-LC_INLINE void attend(const attention_args & a, const segment & s, int head, int row,
-                      const typename data::type * keys, const typename data::type * values,
-                      float * scores, typename data::type * weights, float * result) {
+LC_INLINE void attention_tile(const attention_args & a, const segment & s, int head, int row,
+                              const typename data::type * keys, const typename data::type * values,
+                              float * scores, typename data::type * weights, float * result) {
     typedef typename data::type type;
-    const int n = s.key1 - s.key0, pairs = even(n);
+    const int n = s.key1 - s.key0, pairs = round_to_pair(n);
     const ptrdiff_t stride =
-        padded(n) + panel_width;  // no power of two, which would share few lines
+        round_to_panel(n) + panel_width;  // no power of two, which would share few lines
     const type * q = (const type *) a.q + row * a.q_row + head * a.q_head;
-    const bool simple = s.clean && a.softcap == 0;
-    const float times = simple ? a.scale * log2e : 1.f;
+    const bool scale_only = s.unmasked && a.softcap == 0;
+    const float score_scale = scale_only ? a.scale * log2e : 1.f;
     float shift = 0;
     vf total[NT] = {};
     for (int key = 0; key < n; key += panel_width) {
-        const int some = n - key < panel_width ? n - key : panel_width;
+        const int count = n - key < panel_width ? n - key : panel_width;
         data::template scores<NT>(keys + (size_t) key * a.d_k, q, a.q_row, a.d_k, scores,
-                                  panel_width, some);
+                                  panel_width, count);
         for (int t = 0; t < NT; t++) {
-            if (!simple) {
-                adjust(a, s, row + t, key, some, scores + t * panel_width);
+            if (!scale_only) {
+                apply_mask(a, s, row + t, key, count, scores + t * panel_width);
             }
-            close_padding(scores + t * panel_width, some);
+            mask_padding(scores + t * panel_width, count);
         }
         if (key == 0) {
-            vf most = splat(-__builtin_inff());
+            vf maxima = splat(-__builtin_inff());
             for (int t = 0; t < NT; t++) {
-                for (int i = 0; i < some; i += width) {
-                    most = vmax(most, load(scores + t * panel_width + i));
+                for (int i = 0; i < count; i += width) {
+                    maxima = vmax(maxima, load(scores + t * panel_width + i));
                 }
             }
-            shift = greatest(most) * times;
+            shift = reduce_max(maxima) * score_scale;
             shift = shift > -1e30f ? shift : 0;
         }
-        for (int i = 0; i < some; i += width) {
+        for (int i = 0; i < count; i += width) {
 #pragma GCC unroll 12
             for (int t = 0; t < NT; t++) {
-                const vf p = exp2v<data::exact>(load(scores + t * panel_width + i) * times - shift);
+                const vf p =
+                    exp2v<data::exact>(load(scores + t * panel_width + i) * score_scale - shift);
                 total[t] += p;
-                data::keep(weights + t * stride + key + i, p);
+                data::store_weights(weights + t * stride + key + i, p);
             }
         }
     }
     float inverse_sums[NT];
 #pragma GCC unroll 12
     for (int t = 0; t < NT; t++) {
-        inverse_sums[t] = sum(total[t]);
+        inverse_sums[t] = reduce_sum(total[t]);
     }
     for (int t = 0; t < NT; t++) {
-        const bool lost = inverse_sums[t] < 1e-20f || inverse_sums[t] > 1e30f;
-        inverse_sums[t] = lost ? soften_row<data>(a, s, row + t, q + t * a.q_row, keys, scores,
-                                                  weights + t * stride)
-                               : 1.f / inverse_sums[t];
+        const bool out_of_range = inverse_sums[t] < 1e-20f || inverse_sums[t] > 1e30f;
+        inverse_sums[t] = out_of_range ? softmax_row<data>(a, s, row + t, q + t * a.q_row, keys,
+                                                           scores, weights + t * stride)
+                                       : 1.f / inverse_sums[t];
     }
     for (int d = 0; d < a.d_v; d += panel_width) {
         data::template product<NT>(values + (size_t) d * pairs, weights, stride, pairs, result,
                                    panel_width);
-        const int some = a.d_v - d < panel_width ? a.d_v - d : panel_width;
+        const int count = a.d_v - d < panel_width ? a.d_v - d : panel_width;
         for (int t = 0; t < NT; t++) {
             const ptrdiff_t place = (row + t) * a.y_row + head * a.y_head + d;
             float * from = result + t * panel_width;
@@ -323,13 +330,13 @@ LC_INLINE void attend(const attention_args & a, const segment & s, int head, int
                 store(from + i, load(from + i) * inverse_sums[t]);
             }
             if (a.y) {
-                std::memcpy(a.y + place, from, some * sizeof(float));
+                std::memcpy(a.y + place, from, count * sizeof(float));
             }
 #if defined(__AVX512BF16__)
             if (a.y_bf16) {
                 const __m512bh both =
                     _mm512_cvtne2ps_pbh((__m512) load(from + 16), (__m512) load(from));
-                const __mmask32 mask = some == 32 ? ~0u : (1u << some) - 1;
+                const __mmask32 mask = count == 32 ? ~0u : (1u << count) - 1;
                 _mm512_mask_storeu_epi16(a.y_bf16 + place, mask, (__m512i) both);
             }
 #endif
@@ -338,17 +345,17 @@ LC_INLINE void attend(const attention_args & a, const segment & s, int head, int
 }
 
 template <class data>
-LC_INLINE void attention_in(const attention_args & a, const segment & s, int head) {
+LC_INLINE void attention_as(const attention_args & a, const segment & s, int head) {
     typedef typename data::type type;
-    const int n = s.key1 - s.key0, end = padded(n);
+    const int n = s.key1 - s.key0, end = round_to_panel(n);
     char * at = (char *) a.scratch;
     const auto take = [&](size_t bytes) {
         char * p = at;
-        at += lines(bytes);
+        at += round_to_line(bytes);
         return p;
     };
     type * keys = (type *) take(sizeof(type) * end * a.d_k);
-    type * values = (type *) take(sizeof(type) * even(n) * padded(a.d_v));
+    type * values = (type *) take(sizeof(type) * round_to_pair(n) * round_to_panel(a.d_v));
     float * scores =
         (float *) take(sizeof(float) * (end > tile * panel_width ? end : tile * panel_width));
     type * weights = (type *) take(sizeof(type) * tile * (end + panel_width));
@@ -359,12 +366,23 @@ LC_INLINE void attention_in(const attention_args & a, const segment & s, int hea
     const auto part = [&](int row, int rows) {
         switch (rows) {
             case 12:
-                return attend<data, 12>(a, s, head, row, keys, values, scores, weights, result);
-            case 8: return attend<data, 8>(a, s, head, row, keys, values, scores, weights, result);
-            case 6: return attend<data, 6>(a, s, head, row, keys, values, scores, weights, result);
-            case 4: return attend<data, 4>(a, s, head, row, keys, values, scores, weights, result);
-            case 2: return attend<data, 2>(a, s, head, row, keys, values, scores, weights, result);
-            default: return attend<data, 1>(a, s, head, row, keys, values, scores, weights, result);
+                return attention_tile<data, 12>(a, s, head, row, keys, values, scores, weights,
+                                                result);
+            case 8:
+                return attention_tile<data, 8>(a, s, head, row, keys, values, scores, weights,
+                                               result);
+            case 6:
+                return attention_tile<data, 6>(a, s, head, row, keys, values, scores, weights,
+                                               result);
+            case 4:
+                return attention_tile<data, 4>(a, s, head, row, keys, values, scores, weights,
+                                               result);
+            case 2:
+                return attention_tile<data, 2>(a, s, head, row, keys, values, scores, weights,
+                                               result);
+            default:
+                return attention_tile<data, 1>(a, s, head, row, keys, values, scores, weights,
+                                               result);
         }
     };
     // A last tile that is not full begins among rows that are done already, which is faster than
@@ -388,11 +406,11 @@ LC_INLINE void attention_in(const attention_args & a, const segment & s, int hea
 
 static void attention(const attention_args & a, const segment & s, int head) {
 #if defined(__AVX512BF16__)
-    if (a.kind == packing::bf16) {
-        return attention_in<bf16_data>(a, s, head);
+    if (a.type == data_type::bf16) {
+        return attention_as<bf16_data>(a, s, head);
     }
 #endif
-    attention_in<f32_data>(a, s, head);
+    attention_as<f32_data>(a, s, head);
 }
 
 }  // namespace

@@ -8,8 +8,8 @@ namespace {
 
 using llamacrab::kernels::activation;
 using llamacrab::kernels::linear_args;
-using llamacrab::kernels::packing;
 using llamacrab::kernels::panel_width;
+using llamacrab::kernels::weight_layout;
 
 // Registers decide: 12 rows by 2 vectors of sums take 24 of AVX-512's 32.
 #if defined(__AVX512F__)
@@ -17,26 +17,26 @@ constexpr int tile = 12;
 #else
 constexpr int tile = 4;
 #endif
-constexpr int vectors = panel_width / width;        // of a panel
-constexpr int at_once = vectors < 2 ? vectors : 2;  // computed together
+constexpr int vectors = panel_width / width;                // of a panel
+constexpr int vectors_at_once = vectors < 2 ? vectors : 2;  // computed together
 
 // out[i * ldo + 0..31] = sum over k of x[i][k] * w[k][0..31]
 template <int NT>
 LC_INLINE void product_f32(const float * w, const float * x, size_t ldx, int k, float * out,
                            size_t ldo) {
-    for (int half = 0; half < vectors; half += at_once) {
-        vf acc[NT][at_once] = {};
+    for (int first = 0; first < vectors; first += vectors_at_once) {
+        vf acc[NT][vectors_at_once] = {};
         for (int i = 0; i < k; i++) {
-            const float * row = w + (size_t) i * panel_width + half * width;
-            vf b[at_once];
-            for (int j = 0; j < at_once; j++) {
+            const float * row = w + (size_t) i * panel_width + first * width;
+            vf b[vectors_at_once];
+            for (int j = 0; j < vectors_at_once; j++) {
                 b[j] = load(row + j * width);
             }
 #pragma GCC unroll 12
             for (int t = 0; t < NT; t++) {
                 const vf a = splat(x[t * ldx + i]);
 #pragma GCC unroll 2
-                for (int j = 0; j < at_once; j++) {
+                for (int j = 0; j < vectors_at_once; j++) {
                     acc[t][j] += a * b[j];
                 }
             }
@@ -44,8 +44,8 @@ LC_INLINE void product_f32(const float * w, const float * x, size_t ldx, int k, 
 #pragma GCC unroll 12
         for (int t = 0; t < NT; t++) {
 #pragma GCC unroll 2
-            for (int j = 0; j < at_once; j++) {
-                store(out + t * ldo + (half + j) * width, acc[t][j]);
+            for (int j = 0; j < vectors_at_once; j++) {
+                store(out + t * ldo + (first + j) * width, acc[t][j]);
             }
         }
     }
@@ -55,12 +55,12 @@ LC_INLINE void product_f32(const float * w, const float * x, size_t ldx, int k, 
 template <int NT>
 LC_INLINE void product_pairs(const uint16_t * w, const float * x, size_t ldx, int k, float * out,
                              size_t ldo) {
-    for (int half = 0; half < vectors; half += at_once) {
-        vf acc[NT][at_once] = {};
+    for (int first = 0; first < vectors; first += vectors_at_once) {
+        vf acc[NT][vectors_at_once] = {};
         for (int i = 0; i < k; i += 2) {
-            const uint16_t * row = w + (size_t) i * panel_width + half * width * 2;
-            vf low[at_once], high[at_once];
-            for (int j = 0; j < at_once; j++) {
+            const uint16_t * row = w + (size_t) i * panel_width + first * width * 2;
+            vf low[vectors_at_once], high[vectors_at_once];
+            for (int j = 0; j < vectors_at_once; j++) {
                 const vi pairs = load_i(row + j * width * 2);
                 low[j] = low_bf16(pairs);
                 high[j] = high_bf16(pairs);
@@ -70,7 +70,7 @@ LC_INLINE void product_pairs(const uint16_t * w, const float * x, size_t ldx, in
             for (int t = 0; t < NT; t++) {
                 const vf a = splat(x[t * ldx + i]), b = splat(x[t * ldx + i + second]);
 #pragma GCC unroll 2
-                for (int j = 0; j < at_once; j++) {
+                for (int j = 0; j < vectors_at_once; j++) {
                     acc[t][j] += a * low[j];
                     acc[t][j] += b * high[j];
                 }
@@ -79,8 +79,8 @@ LC_INLINE void product_pairs(const uint16_t * w, const float * x, size_t ldx, in
 #pragma GCC unroll 12
         for (int t = 0; t < NT; t++) {
 #pragma GCC unroll 2
-            for (int j = 0; j < at_once; j++) {
-                store(out + t * ldo + (half + j) * width, acc[t][j]);
+            for (int j = 0; j < vectors_at_once; j++) {
+                store(out + t * ldo + (first + j) * width, acc[t][j]);
             }
         }
     }
@@ -170,13 +170,13 @@ LC_INLINE void product_int8(const int8_t * w, const uint8_t * x, size_t ldx, int
 #endif
 }
 
-template <exactness E = exactness::full>
+template <precision P = precision::f32>
 LC_INLINE vf activate(activation act, vf v) {
     switch (act) {
-        case activation::gelu: return geluv<E>(v);
+        case activation::gelu: return geluv<P>(v);
         case activation::gelu_erf: return gelu_erfv(v);
-        case activation::gelu_quick: return v * sigmoidv<E>(v * 1.702f);
-        case activation::silu: return v * sigmoidv<E>(v);
+        case activation::gelu_quick: return v * sigmoidv<P>(v * 1.702f);
+        case activation::silu: return v * sigmoidv<P>(v);
         case activation::relu: return vmax(vf{}, v);
         case activation::tanh: return tanhv(v);
         case activation::sigmoid: return sigmoidv(v);
@@ -185,7 +185,7 @@ LC_INLINE vf activate(activation act, vf v) {
 }
 
 // What follows a tile's sums: scales, bias, activation, and out in the types that are wanted.
-template <activation ACT, exactness E>
+template <activation ACT, precision P>
 LC_INLINE void finish_tile(const linear_args & a, float * sums, int rows, int row, int column) {
     const int n = a.m - column < panel_width ? a.m - column : panel_width;
     const bool narrow = n < panel_width;
@@ -197,7 +197,7 @@ LC_INLINE void finish_tile(const linear_args & a, float * sums, int rows, int ro
         float * s = sums + t * panel_width;
         vf v[vectors];
         for (int j = 0; j < vectors; j++) {
-            if (a.kind == packing::int8) {
+            if (a.layout == weight_layout::int8_panels) {
                 const vf whole = __builtin_convertvector(load_i(s + j * width), vf);
                 v[j] = (whole * load(a.w_scale + column + j * width) -
                         load(a.w_sum + column + j * width) * a.x_scale[2 * (row + t) + 1]) *
@@ -205,7 +205,7 @@ LC_INLINE void finish_tile(const linear_args & a, float * sums, int rows, int ro
             } else {
                 v[j] = load(s + j * width);
             }
-            v[j] = activate<E>(ACT, v[j] + load(bias + j * width));
+            v[j] = activate<P>(ACT, v[j] + load(bias + j * width));
         }
         if (narrow) {
             for (int j = 0; j < vectors; j++) {
@@ -235,44 +235,44 @@ LC_INLINE void finish_tile(const linear_args & a, float * sums, int rows, int ro
     }
 }
 
-template <exactness E>
-LC_INLINE void finish_in(const linear_args & a, float * sums, int rows, int row, int column) {
+template <precision P>
+LC_INLINE void finish_as(const linear_args & a, float * sums, int rows, int row, int column) {
     switch (a.act) {
-        case activation::none: return finish_tile<activation::none, E>(a, sums, rows, row, column);
-        case activation::gelu: return finish_tile<activation::gelu, E>(a, sums, rows, row, column);
+        case activation::none: return finish_tile<activation::none, P>(a, sums, rows, row, column);
+        case activation::gelu: return finish_tile<activation::gelu, P>(a, sums, rows, row, column);
         case activation::gelu_erf:
-            return finish_tile<activation::gelu_erf, E>(a, sums, rows, row, column);
+            return finish_tile<activation::gelu_erf, P>(a, sums, rows, row, column);
         case activation::gelu_quick:
-            return finish_tile<activation::gelu_quick, E>(a, sums, rows, row, column);
-        case activation::silu: return finish_tile<activation::silu, E>(a, sums, rows, row, column);
-        case activation::relu: return finish_tile<activation::relu, E>(a, sums, rows, row, column);
-        case activation::tanh: return finish_tile<activation::tanh, E>(a, sums, rows, row, column);
+            return finish_tile<activation::gelu_quick, P>(a, sums, rows, row, column);
+        case activation::silu: return finish_tile<activation::silu, P>(a, sums, rows, row, column);
+        case activation::relu: return finish_tile<activation::relu, P>(a, sums, rows, row, column);
+        case activation::tanh: return finish_tile<activation::tanh, P>(a, sums, rows, row, column);
         case activation::sigmoid:
-            return finish_tile<activation::sigmoid, E>(a, sums, rows, row, column);
+            return finish_tile<activation::sigmoid, P>(a, sums, rows, row, column);
     }
 }
 
 LC_INLINE void finish(const linear_args & a, float * sums, int rows, int row, int column) {
     if (a.y) {
-        finish_in<exactness::full>(a, sums, rows, row, column);
+        finish_as<precision::f32>(a, sums, rows, row, column);
     } else {
-        finish_in<exactness::half>(a, sums, rows, row, column);
+        finish_as<precision::bf16>(a, sums, rows, row, column);
     }
 }
 
 template <int NT>
 LC_INLINE void product(const linear_args & a, const char * panel, int row, float * sums,
                        const char * ahead = nullptr) {
-    switch (a.kind) {
-        case packing::int8:
+    switch (a.layout) {
+        case weight_layout::int8_panels:
             return product_int8<NT>((const int8_t *) panel, (const uint8_t *) a.x + row * a.ldx,
                                     a.ldx, a.k, (int32_t *) sums, ahead);
 #if defined(__AVX512BF16__)
-        case packing::bf16:
+        case weight_layout::bf16_panels:
             return product_bf16<NT>((const uint16_t *) panel, (const uint16_t *) a.x + row * a.ldx,
                                     a.ldx, a.k, sums, panel_width, ahead);
 #else
-        case packing::bf16:
+        case weight_layout::bf16_panels:
             return product_pairs<NT>((const uint16_t *) panel, (const float *) a.x + row * a.ldx,
                                      a.ldx, a.k, sums, panel_width);
 #endif
@@ -282,17 +282,17 @@ LC_INLINE void product(const linear_args & a, const char * panel, int row, float
     }
 }
 
-LC_INLINE size_t panel_bytes(packing kind, int k) {
-    switch (kind) {
-        case packing::int8: return (size_t) panel_width * ((k + 3) / 4 * 4);
-        case packing::bf16: return (size_t) panel_width * ((k + 1) / 2 * 2) * 2;
+LC_INLINE size_t panel_bytes(weight_layout layout, int k) {
+    switch (layout) {
+        case weight_layout::int8_panels: return (size_t) panel_width * ((k + 3) / 4 * 4);
+        case weight_layout::bf16_panels: return (size_t) panel_width * ((k + 1) / 2 * 2) * 2;
         default: return (size_t) panel_width * k * 4;
     }
 }
 
 static void linear(const linear_args & a, int row0, int row1) {
     alignas(64) float sums[tile * panel_width];
-    const size_t bytes = panel_bytes(a.kind, a.k);
+    const size_t bytes = panel_bytes(a.layout, a.k);
     for (int column = 0; column < a.m; column += panel_width) {
         const char * panel = (const char *) a.w + column / panel_width * bytes;
         int row = row0;

@@ -11,7 +11,7 @@ using llamacrab::kernels::norm_args;
 // values and zero, so that rows with few negative values, as GELU makes them, do not waste half of
 // it.
 LC_INLINE void quantize_row(const float * x, int n, uint8_t * y, float * scale) {
-    vf low = {}, high = {}, finite = {};  // zero times NaN is NaN, which a maximum may lose
+    vf low = {}, high = {}, finite = {};  // 0 * NaN is NaN, which a maximum may lose
     int i = 0;
     for (; i + width <= n; i += width) {
         const vf v = load(x + i);
@@ -19,27 +19,27 @@ LC_INLINE void quantize_row(const float * x, int n, uint8_t * y, float * scale) 
         low = vmax(low, -v);
         finite += v * 0.f;
     }
-    float top = greatest(high), bottom = greatest(low), zero_sum = sum(finite);
+    float max = reduce_max(high), minus_min = reduce_max(low), zero_sum = reduce_sum(finite);
     for (; i < n; i++) {
-        top = x[i] > top ? x[i] : top;
-        bottom = -x[i] > bottom ? -x[i] : bottom;
+        max = x[i] > max ? x[i] : max;
+        minus_min = -x[i] > minus_min ? -x[i] : minus_min;
         zero_sum += x[i] * 0.f;
     }
-    const float range = top + bottom + zero_sum;
-    const float times = range > 0 ? 255.f / range : 0.f;
-    const float zero = __builtin_rintf(bottom * times);
+    const float range = max + minus_min + zero_sum;
+    const float inverse_scale = range > 0 ? 255.f / range : 0.f;
+    const float zero = __builtin_rintf(minus_min * inverse_scale);
     scale[0] = range / 255.f;
     scale[1] = zero;
     i = 0;
 #if defined(__AVX512F__)
     for (; i + width <= n; i += width) {
-        const __m512i v = _mm512_cvtps_epi32((__m512) (load(x + i) * times + zero));
+        const __m512i v = _mm512_cvtps_epi32((__m512) (load(x + i) * inverse_scale + zero));
         _mm_storeu_si128((__m128i *) (y + i),
                          _mm512_cvtusepi32_epi8(_mm512_max_epi32(v, _mm512_setzero_si512())));
     }
 #endif
     for (; i < n; i++) {
-        const float v = __builtin_rintf(x[i] * times + zero);
+        const float v = __builtin_rintf(x[i] * inverse_scale + zero);
         y[i] = (uint8_t) (v > 255.f ? 255.f : v > 0.f ? v : 0.f);
     }
     for (; i % 4; i++) {
@@ -78,9 +78,9 @@ static void norm(const norm_args & a, int row0, int row1) {
             store(t + i, v);
             s[0] += v;
         }
-        float mean = 0, times = 1;
+        float mean = 0, scale = 1;
         if (a.norm) {
-            mean = a.rms ? 0.f : sum((s[0] + s[1]) + (s[2] + s[3])) / n;
+            mean = a.rms ? 0.f : reduce_sum((s[0] + s[1]) + (s[2] + s[3])) / n;
             vf sq[4] = {};
             for (i = 0; i + many <= n; i += many) {
 #pragma GCC unroll 4
@@ -89,18 +89,18 @@ static void norm(const norm_args & a, int row0, int row1) {
                     sq[j] += v * v;
                 }
             }
-            float total = sum((sq[0] + sq[1]) + (sq[2] + sq[3]));
+            float total = reduce_sum((sq[0] + sq[1]) + (sq[2] + sq[3]));
             for (; i < n; i++) {
                 total += (t[i] - mean) * (t[i] - mean);
             }
-            times = 1.f / __builtin_sqrtf(total / n + a.eps);
+            scale = 1.f / __builtin_sqrtf(total / n + a.eps);
         }
         float * y = a.y ? a.y + row * a.ldy : nullptr;
         uint16_t * b = a.y_bf16 ? a.y_bf16 + row * a.ldy : nullptr;
         for (i = 0; i < whole; i += width) {
             vf v = load(t + i);
             if (a.norm) {
-                v = (v - mean) * times;
+                v = (v - mean) * scale;
             }
             if (a.weight) {
                 v = v * load(a.weight + i);
@@ -123,7 +123,7 @@ static void norm(const norm_args & a, int row0, int row1) {
         for (; i < n; i++) {
             float v = t[i];
             if (a.norm) {
-                v = (v - mean) * times;
+                v = (v - mean) * scale;
             }
             if (a.weight) {
                 v *= a.weight[i];
@@ -154,12 +154,6 @@ static void to_bf16(const float * x, uint16_t * y, int64_t n) {
 #endif
     for (; i < n; i++) {
         y[i] = round_bf16(x[i]);
-    }
-}
-
-static void to_f32(const uint16_t * x, float * y, int64_t n) {
-    for (int64_t i = 0; i < n; i++) {
-        y[i] = from_bf16(x[i]);
     }
 }
 
@@ -222,10 +216,6 @@ static void gate(activation act, const float * a, const float * b, float * y, ui
         case activation::tanh: return gate_with<activation::tanh>(a, b, y, y_bf16, n);
         case activation::sigmoid: return gate_with<activation::sigmoid>(a, b, y, y_bf16, n);
     }
-}
-
-static void unary(activation act, const float * x, float * y, int64_t n) {
-    gate(act, x, nullptr, y, nullptr, n);
 }
 
 }  // namespace

@@ -57,7 +57,7 @@ LC_INLINE vf vmin(vf a, vf b) {
 
 LC_INLINE vf vabs(vf a) { return (vf) ((vi) a & 0x7fffffff); }
 
-LC_INLINE float sum(vf v) {
+LC_INLINE float reduce_sum(vf v) {
 #if defined(__AVX512F__)
     return _mm512_reduce_add_ps((__m512) v);
 #else
@@ -69,7 +69,7 @@ LC_INLINE float sum(vf v) {
 #endif
 }
 
-LC_INLINE float greatest(vf v) {
+LC_INLINE float reduce_max(vf v) {
 #if defined(__AVX512F__)
     return _mm512_reduce_max_ps((__m512) v);
 #else
@@ -89,17 +89,17 @@ LC_INLINE vf load_part(const float * p, int n) {
 }
 
 // How exact a function must be: to float's last bits, or to what is left of it in bf16.
-enum class exactness { full, half };
+enum class precision { f32, bf16 };
 
 // exp2: x is split into a whole and a fraction, and the whole put into the exponent. The relative
 // error of the polynomials is 8e-8 and 8e-5.
-template <exactness E = exactness::full>
+template <precision P = precision::f32>
 LC_INLINE vf exp2v(vf x) {
     vf p;
 #if defined(__AVX512DQ__)
     // The fraction in [0, 1); scalef takes the whole by itself, and knows infinities.
     const vf f = (vf) _mm512_reduce_ps((__m512) x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    if (E == exactness::half) {
+    if (P == precision::bf16) {
         p = f * 0.078024514f + 0.226067171f;
         p = p * f + 0.695833564f;
         p = p * f + 0.999925196f;
@@ -127,11 +127,11 @@ LC_INLINE vf exp2v(vf x) {
 
 constexpr float log2e = 1.44269504f;
 
-template <exactness E = exactness::full>
+template <precision P = precision::f32>
 LC_INLINE vf inverse(vf x) {
 #if defined(__AVX512F__)
     const __m512 r = _mm512_rcp14_ps((__m512) x);
-    if (E == exactness::half) {
+    if (P == precision::bf16) {
         return (vf) r;
     }
     const __m512 e = _mm512_fnmadd_ps((__m512) x, r, _mm512_set1_ps(2.f));
@@ -143,16 +143,16 @@ LC_INLINE vf inverse(vf x) {
 #endif
 }
 
-template <exactness E = exactness::full>
+template <precision P = precision::f32>
 LC_INLINE vf sigmoidv(vf x) {
-    return inverse<E>(1.f + exp2v<E>(x * -log2e));
+    return inverse<P>(1.f + exp2v<P>(x * -log2e));
 }
 
 // BERT's GELU in llama.cpp: the approximation by tanh, as x times a sigmoid.
-template <exactness E = exactness::full>
+template <precision P = precision::f32>
 LC_INLINE vf geluv(vf x) {
     const float c = -log2e * 2 * 0.79788456f;
-    return x * inverse<E>(1.f + exp2v<E>(x * (x * x * (c * 0.044715f) + c)));
+    return x * inverse<P>(1.f + exp2v<P>(x * (x * x * (c * 0.044715f) + c)));
 }
 
 // erf by Abramowitz and Stegun 7.1.26; its error, 1.5e-7, is that of float.
@@ -175,11 +175,6 @@ LC_INLINE void store_bf16(uint16_t * p, vf v) {
     const __m256bh r = _mm512_cvtneps_pbh((__m512) v);
     std::memcpy(p, &r, sizeof r);
 }
-
-LC_INLINE vf load_bf16(const uint16_t * p) {
-    return (vf) _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *) p)),
-                                  16);
-}
 #endif
 
 // Two floats of a pair of bf16 in 32 bits: the first is the low half.
@@ -199,13 +194,6 @@ LC_INLINE uint16_t round_bf16(float x) {
         return (uint16_t) ((u >> 16) | 64);  // NaN stays NaN
     }
     return (uint16_t) ((u + 0x7fff + ((u >> 16) & 1)) >> 16);
-}
-
-LC_INLINE float from_bf16(uint16_t x) {
-    const uint32_t u = (uint32_t) x << 16;
-    float f;
-    std::memcpy(&f, &u, sizeof f);
-    return f;
 }
 
 LC_INLINE float from_f16(uint16_t h) {
