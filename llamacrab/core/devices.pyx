@@ -25,7 +25,7 @@ def system_info():
 
 
 def kernels():
-    """Return the name of the kernel set in use, such as "avx512_bf16"; None where there is none."""
+    """Return the name of the kernels in use, such as "avx512_bf16"; None if there are none."""
     cdef const char *name = native.active_kernels()
     return None if name == NULL else name.decode()
 

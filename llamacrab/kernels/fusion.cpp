@@ -199,8 +199,9 @@ operand planner::convert(const ggml_tensor * t, data_type type) {
     s.x_type = type;
     const int slot = new_slot(slot_bytes(t, type), (int) result.steps.size());
     (type == data_type::int8 ? s.int8_slot : s.bf16_slot) = slot;
-    result.steps.push_back(s);                              // the tensor's producer is another step
-    if (dense && !t->view_src && type != data_type::f32) {  // the next reader may use it too
+    result.steps.push_back(s);  // not by add(): the tensor already has a producer
+    if (dense && !t->view_src && type != data_type::f32) {
+        // The next reader may use it too.
         (type == data_type::int8 ? info[t].int8_slot : info[t].bf16_slot) = slot;
     }
     return {t, slot, 0, !dense};
@@ -222,11 +223,11 @@ operand planner::product_operand(const ggml_tensor * t, data_type type) {
     return convert(t, type);
 }
 
-// Take the weight and the bias of a norm along. Returns the last node taken.
+// Fuse a norm, its weight and its bias into a step. Returns the last node taken.
 int planner::fuse_norm(step & s, int i, const ggml_tensor * norm) {
     s.norm = s.out = norm;
     for (int j = next(i); j < graph->n_nodes && has_single_consumer(s.out); j = next(j)) {
-        const ggml_tensor * n = graph->nodes[j];
+        const ggml_tensor * n = node_at(j);
         const ggml_tensor * other = n->src[0] == s.out ? n->src[1] : n->src[0];
         if ((n->src[0] != s.out && n->src[1] != s.out) || !other || !is_row(other, s.out) ||
             !is_packed_weight(other)) {

@@ -53,7 +53,7 @@ struct step {
     const ggml_tensor * node;  // the first node
     const ggml_tensor * out;   // the last node: what the step computes
     bool write_f32 = false;    // write the result to the memory of `out`
-    int bf16_slot = no_slot;   // and to these slots
+    int bf16_slot = no_slot;   // and to these slots; convert and gather may write f32 to the first
     int int8_slot = no_slot;
 
     operand x, k, v;  // k, v: attention only

@@ -1,15 +1,15 @@
 // The ggml backend: a device of type ACCEL, its buffer types and its registration.
 //
-// llama.cpp offers an ACCEL device's buffer type for every weight that stays on the CPU, before the
-// CPU's own, and gives every context a backend of the device. ggml's scheduler then runs a node
-// where its weights lie, and what surrounds it there too, if the backend can. So a model uses these
-// kernels when its weights are in our buffers; the graph of any other model has nothing that draws
-// us in.
+// llama.cpp tries the buffer type of an ACCEL device, before that of the CPU, for every weight that
+// stays on the CPU, and gives every context a backend of the device. ggml's scheduler then assigns
+// a node to the backend whose buffers hold its weights, and assigns the nodes around it to the same
+// backend if it supports them. So a model uses these kernels if its weights are in buffers of this
+// backend; the graphs of all other models stay on ggml's CPU backend.
 //
-// A device has one buffer type, and llama.cpp asks for it in two places. While a model loads it is
-// that of packed weights, or the CPU's own (which llama.cpp skips), as `loading_for` says for this
-// thread. For a context it is plain host memory, of a type of its own: with the CPU's, the
-// scheduler would move other models' nodes to us.
+// A device has one buffer type, and llama.cpp asks for it in two places. While a model is loaded,
+// `loading_for` decides for this thread: the type for packed weights, or the CPU's own type (which
+// llama.cpp skips). For a context it is a type for unpacked host memory. That must not be the CPU's
+// type: the scheduler would then assign nodes of other models to this backend.
 #include "ggml_backend.hpp"
 
 #include <atomic>
@@ -41,11 +41,10 @@ static ggml_backend_device device;
 
 static ggml_backend_buffer_type packed_type, packed_int8_type, host_type;
 
-static bool is_packed(const ggml_backend_buffer * buffer) {
+bool is_packed_weight(const ggml_tensor * w) {
+    const ggml_backend_buffer * buffer = w->buffer;
     return buffer && (buffer->buft == &packed_type || buffer->buft == &packed_int8_type);
 }
-
-bool is_packed_weight(const ggml_tensor * w) { return is_packed(w->buffer); }
 
 weight_layout layout_of(const ggml_tensor * w) {
     return choose_layout(w, w->buffer->buft == &packed_int8_type);
@@ -57,7 +56,8 @@ static size_t packed_size(ggml_backend_buffer_type_t type, const ggml_tensor * w
     return packed_bytes(w, choose_layout(w, type == &packed_int8_type));
 }
 
-// Whole rows of a weight that bytes [offset, offset + size) are, in ggml's layout.
+// The rows of a weight in bytes [offset, offset + size) of ggml's layout. False if these bytes are
+// not whole rows.
 static bool rows_of(const ggml_tensor * w, size_t offset, size_t size, int64_t & row0,
                     int64_t & row1) {
     const size_t row = ggml_row_size(w->type, w->ne[0]);
@@ -93,7 +93,7 @@ static void get_tensor(ggml_backend_buffer_t, const ggml_tensor * w, void * data
     }
 }
 
-// Memory of the CPU's own buffer type, under our name.
+// A buffer of the CPU's type, labelled with another type.
 static ggml_backend_buffer_t allocate(ggml_backend_buffer_type_t type, size_t size) {
     ggml_backend_buffer_t buffer =
         ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), size);
@@ -116,33 +116,25 @@ static ggml_backend_buffer_t allocate_packed(ggml_backend_buffer_type_t type, si
 
 // ------------------------------------------------------------------------------------- backend
 
-struct backend_state {
-    executor graph_executor;
-};
-
-static backend_state & state_of(ggml_backend_t backend) {
-    return *(backend_state *) backend->context;
-}
+static executor & executor_of(ggml_backend_t backend) { return *(executor *) backend->context; }
 
 static void free_backend(ggml_backend_t backend) {
-    delete &state_of(backend);
+    delete &executor_of(backend);
     delete backend;
 }
 
 static ggml_status compute(ggml_backend_t backend, ggml_cgraph * graph) try {
-    return state_of(backend).graph_executor.run(graph);
+    return executor_of(backend).run(graph);
 } catch (const std::bad_alloc &) {
     return GGML_STATUS_ALLOC_FAILED;
 } catch (const std::exception &) {
     return GGML_STATUS_FAILED;
 }
 
-static void set_n_threads(ggml_backend_t backend, int n) {
-    state_of(backend).graph_executor.set_n_threads(n);
-}
+static void set_n_threads(ggml_backend_t backend, int n) { executor_of(backend).set_n_threads(n); }
 
 static void set_abort_callback(ggml_backend_t backend, ggml_abort_callback callback, void * data) {
-    state_of(backend).graph_executor.set_abort(callback, data);
+    executor_of(backend).set_abort(callback, data);
 }
 
 static ggml_guid guid = {0x6c, 0x6c, 0x61, 0x6d, 0x61, 0x63, 0x72, 0x61,
@@ -158,7 +150,7 @@ static ggml_backend_t init_backend(ggml_backend_dev_t, const char *) {
     backend->iface.graph_compute = compute;
     backend->device = &device;
     try {
-        backend->context = new backend_state();
+        backend->context = new executor();
     } catch (...) {
         delete backend;
         throw;

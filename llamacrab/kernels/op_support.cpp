@@ -1,4 +1,4 @@
-// Which nodes this backend takes.
+// Predicates over single nodes. How nodes are combined is decided in fusion.cpp.
 #include "op_support.hpp"
 
 #include <cstring>
@@ -71,8 +71,8 @@ static bool supports_product(const ggml_tensor * node) {
     if (is_transposed_copy(w)) {  // pooling by mean
         return x->ne[2] == 1 && x->ne[3] == 1;
     }
-    // The table of token embeddings, and the matrix with which a decoder is_vocabulary tokens, are
-    // large and not used for embeddings.
+    // Matrices with a row for each token of the vocabulary are large, and embeddings do not need
+    // their products.
     const bool is_vocabulary = std::strcmp(w->name, "token_embd.weight") == 0 ||
                                std::strcmp(w->name, "output.weight") == 0;
     return is_packed_weight(w) && !w->view_src && layout_of(w) != weight_layout::unpacked &&

@@ -15,9 +15,8 @@ static size_t panels(const ggml_tensor * w) {
     return round_up(w->ne[1], panel_width) / panel_width;
 }
 
-// Which matrices may be 8 bits: those of feed-forward networks, two thirds of a layer's work. What
-// rounding does to queries, keys and values is multiplied by attention, and costs more than it
-// saves.
+// Only matrices of feed-forward networks, two thirds of a layer's work, may be 8 bits. Attention
+// multiplies the rounding errors of queries, keys and values, which costs more than it saves.
 static bool can_be_int8(const ggml_tensor * w) {
     return std::strstr(w->name, "ffn") && w->ne[0] % 4 == 0 && w->ne[0] >= 64 &&
            w->ne[0] <= widest_row && w->ne[1] >= 64;
@@ -76,26 +75,26 @@ static void to_floats(const ggml_tensor * w, const char * row, float * out) {
 
 static void pack_int8(const ggml_tensor * w, const float * row, int64_t column, void * to) {
     const int64_t k = w->ne[0];
-    const size_t high = round_up(k, 4);
-    float top = 0;
+    const size_t padded_k = round_up(k, 4);
+    float max = 0;
     for (int64_t i = 0; i < k; i++) {
         const float v = std::fabs(row[i]);
         if (!std::isfinite(v)) {
             throw std::runtime_error(std::string("a weight of ") + w->name + " is not finite");
         }
-        top = std::max(top, v);
+        max = std::max(max, v);
     }
-    const float times = top > 0 ? 127 / top : 0, scale = top / 127;
+    const float inverse_scale = max > 0 ? 127 / max : 0, scale = max / 127;
     int8_t * panel =
-        (int8_t *) to + column / panel_width * panel_width * high + column % panel_width * 4;
-    int64_t total = 0;
+        (int8_t *) to + column / panel_width * panel_width * padded_k + column % panel_width * 4;
+    int64_t sum = 0;
     for (int64_t i = 0; i < k; i++) {
-        const int q = (int) std::lrint(row[i] * times);
-        total += q;
+        const int q = (int) std::lrint(row[i] * inverse_scale);
+        sum += q;
         panel[i / 4 * 4 * panel_width + i % 4] = (int8_t) q;
     }
     const_cast<float *>(int8_scales(w, to))[column] = scale;
-    const_cast<float *>(int8_sums(w, to))[column] = scale * total;
+    const_cast<float *>(int8_sums(w, to))[column] = scale * sum;
 }
 
 void pack_rows(const ggml_tensor * w, weight_layout layout, const void * from, int64_t row0,
@@ -104,7 +103,7 @@ void pack_rows(const ggml_tensor * w, weight_layout layout, const void * from, i
     const size_t row_bytes = ggml_row_size(w->type, k);
     std::vector<float> row(k);
     if (row0 == 0) {
-        std::memset(to, 0, packed_bytes(w, layout));  // what pads k and the last panel
+        std::memset(to, 0, packed_bytes(w, layout));  // the padding of k and of the last panel
     }
     for (int64_t m = row0; m < row1; m++) {
         const char * source = (const char *) from + (m - row0) * row_bytes;

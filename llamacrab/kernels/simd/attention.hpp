@@ -1,6 +1,6 @@
-// Attention of the queries of a segment over the keys they see, for one head: the scores are a
-// product with packed keys, the result one with packed values, both by the micro-kernels of
-// gemm.hpp.
+// Attention of the queries of a segment over the keys they see, for one head. The scores are a
+// product with packed keys, the result is a product with packed values: both use the micro-kernels
+// of gemm.hpp.
 #pragma once
 
 #include "gemm.hpp"
@@ -202,8 +202,8 @@ struct f32_data {
     }
 };
 
-// Scores of one row over keys [key, key + n) as softmax wants them, in units of log2, where that is
-// more than a factor; and minus infinity for the keys that pad the last vector.
+// Apply the scale, the soft cap and the mask to the scores of a row with keys [key, key + n). The
+// results are in units of log2.
 LC_INLINE void apply_mask(const attention_args & a, const segment & s, int row, int key, int n,
                           float * scores) {
     float scale = a.scale;
@@ -225,13 +225,14 @@ LC_INLINE void apply_mask(const attention_args & a, const segment & s, int row, 
     }
 }
 
+// The keys that pad the last vector get no weight.
 LC_INLINE void mask_padding(float * scores, int n) {
     for (; n % width; n++) {
         scores[n] = -__builtin_inff();
     }
 }
 
-// Softmax of one row by itself, from its scores on. Returns 1 / the sum of its weights.
+// Scores and softmax of a single row. Returns 1 / the sum of its weights.
 template <class data>
 LC_INLINE float softmax_row(const attention_args & a, const segment & s, int row,
                             const typename data::type * q, const typename data::type * keys,
@@ -251,7 +252,7 @@ LC_INLINE float softmax_row(const attention_args & a, const segment & s, int row
         maxima = vmax(maxima, load(scores + i));
     }
     const float max = reduce_max(maxima), score_scale = scale_only ? a.scale * log2e : 1.f;
-    const bool fully_masked = max == -__builtin_inff();  // it sees nothing
+    const bool fully_masked = max == -__builtin_inff();
     vf total = {};
     for (int i = 0; i < n; i += width) {
         const vf p = fully_masked ? vf{} : exp2v((load(scores + i) - max) * score_scale);
@@ -261,18 +262,51 @@ LC_INLINE float softmax_row(const attention_args & a, const segment & s, int row
     return fully_masked ? 0 : 1.f / reduce_sum(total);
 }
 
-// NT rows of queries. Softmax may take any number off the scores before exp, if no row's sum leaves
-// the range of float: that is the greatest score of the first 32 keys, for all rows. So the scores
-// go through a small buffer once. Rows for which that number was no measure are done again by
-// themselves.
+// Parts of the scratch memory.
+template <class type>
+struct attention_buffers {
+    type * keys;     // all keys of a segment, packed
+    type * values;   // all values
+    float * scores;  // of a tile with 32 keys, or of a row with all keys
+    type * weights;  // of a tile with all keys
+    float * result;  // of a tile, 32 columns
+};
+
+// Write columns [d, d + 32) of a head's result for a row, scaled.
+LC_INLINE void write_panel(const attention_args & a, int head, int row, int d, float * result,
+                           float scale) {
+    const int count = a.d_v - d < panel_width ? a.d_v - d : panel_width;
+    const ptrdiff_t place = row * a.y_row + head * a.y_head + d;
+    for (int i = 0; i < panel_width; i += width) {
+        store(result + i, load(result + i) * scale);
+    }
+    if (a.y) {
+        std::memcpy(a.y + place, result, count * sizeof(float));
+    }
+#if defined(__AVX512BF16__)
+    if (a.y_bf16) {
+        const __m512bh both =
+            _mm512_cvtne2ps_pbh((__m512) load(result + 16), (__m512) load(result));
+        const __mmask32 mask = count == 32 ? ~0u : (1u << count) - 1;
+        _mm512_mask_storeu_epi16(a.y_bf16 + place, mask, (__m512i) both);
+    }
+#endif
+}
+
+// Attention of NT rows of queries. Softmax may subtract any number from the scores before exp, as
+// long as no sum of a row leaves the range of float: here the greatest score of the first 32 keys,
+// for all rows. So the scores go through a small buffer once. Rows for which that number does not
+// fit are computed again one by one.
 template <class data, int NT>
 LC_INLINE void attention_tile(const attention_args & a, const segment & s, int head, int row,
-                              const typename data::type * keys, const typename data::type * values,
-                              float * scores, typename data::type * weights, float * result) {
+                              const attention_buffers<typename data::type> & buffers) {
     typedef typename data::type type;
+    const type *keys = buffers.keys, *values = buffers.values;
+    type * weights = buffers.weights;
+    float *scores = buffers.scores, *result = buffers.result;
     const int n = s.key1 - s.key0, pairs = round_to_pair(n);
     const ptrdiff_t stride =
-        round_to_panel(n) + panel_width;  // no power of two, which would share few lines
+        round_to_panel(n) + panel_width;  // a power of two would use few cache sets
     const type * q = (const type *) a.q + row * a.q_row + head * a.q_head;
     const bool scale_only = s.unmasked && a.softcap == 0;
     const float score_scale = scale_only ? a.scale * log2e : 1.f;
@@ -322,24 +356,8 @@ LC_INLINE void attention_tile(const attention_args & a, const segment & s, int h
     for (int d = 0; d < a.d_v; d += panel_width) {
         data::template product<NT>(values + (size_t) d * pairs, weights, stride, pairs, result,
                                    panel_width);
-        const int count = a.d_v - d < panel_width ? a.d_v - d : panel_width;
         for (int t = 0; t < NT; t++) {
-            const ptrdiff_t place = (row + t) * a.y_row + head * a.y_head + d;
-            float * from = result + t * panel_width;
-            for (int i = 0; i < panel_width; i += width) {
-                store(from + i, load(from + i) * inverse_sums[t]);
-            }
-            if (a.y) {
-                std::memcpy(a.y + place, from, count * sizeof(float));
-            }
-#if defined(__AVX512BF16__)
-            if (a.y_bf16) {
-                const __m512bh both =
-                    _mm512_cvtne2ps_pbh((__m512) load(from + 16), (__m512) load(from));
-                const __mmask32 mask = count == 32 ? ~0u : (1u << count) - 1;
-                _mm512_mask_storeu_epi16(a.y_bf16 + place, mask, (__m512i) both);
-            }
-#endif
+            write_panel(a, head, row + t, d, result + t * panel_width, inverse_sums[t]);
         }
     }
 }
@@ -354,39 +372,28 @@ LC_INLINE void attention_as(const attention_args & a, const segment & s, int hea
         at += round_to_line(bytes);
         return p;
     };
-    type * keys = (type *) take(sizeof(type) * end * a.d_k);
-    type * values = (type *) take(sizeof(type) * round_to_pair(n) * round_to_panel(a.d_v));
-    float * scores =
+    attention_buffers<type> buffers;
+    buffers.keys = (type *) take(sizeof(type) * end * a.d_k);
+    buffers.values = (type *) take(sizeof(type) * round_to_pair(n) * round_to_panel(a.d_v));
+    buffers.scores =
         (float *) take(sizeof(float) * (end > tile * panel_width ? end : tile * panel_width));
-    type * weights = (type *) take(sizeof(type) * tile * (end + panel_width));
-    float * result = (float *) take(sizeof(float) * tile * panel_width);
+    buffers.weights = (type *) take(sizeof(type) * tile * (end + panel_width));
+    buffers.result = (float *) take(sizeof(float) * tile * panel_width);
     const int kv = head / a.heads_per_kv;
-    data::pack_keys(a, (const type *) a.k + s.key0 * a.k_row + kv * a.k_head, n, keys);
-    data::pack_values(a, (const type *) a.v + s.key0 * a.v_row + kv * a.v_head, n, values);
-    const auto part = [&](int row, int rows) {
+    data::pack_keys(a, (const type *) a.k + s.key0 * a.k_row + kv * a.k_head, n, buffers.keys);
+    data::pack_values(a, (const type *) a.v + s.key0 * a.v_row + kv * a.v_head, n, buffers.values);
+    const auto compute_rows = [&](int row, int rows) {
         switch (rows) {
-            case 12:
-                return attention_tile<data, 12>(a, s, head, row, keys, values, scores, weights,
-                                                result);
-            case 8:
-                return attention_tile<data, 8>(a, s, head, row, keys, values, scores, weights,
-                                               result);
-            case 6:
-                return attention_tile<data, 6>(a, s, head, row, keys, values, scores, weights,
-                                               result);
-            case 4:
-                return attention_tile<data, 4>(a, s, head, row, keys, values, scores, weights,
-                                               result);
-            case 2:
-                return attention_tile<data, 2>(a, s, head, row, keys, values, scores, weights,
-                                               result);
-            default:
-                return attention_tile<data, 1>(a, s, head, row, keys, values, scores, weights,
-                                               result);
+            case 12: return attention_tile<data, 12>(a, s, head, row, buffers);
+            case 8: return attention_tile<data, 8>(a, s, head, row, buffers);
+            case 6: return attention_tile<data, 6>(a, s, head, row, buffers);
+            case 4: return attention_tile<data, 4>(a, s, head, row, buffers);
+            case 2: return attention_tile<data, 2>(a, s, head, row, buffers);
+            default: return attention_tile<data, 1>(a, s, head, row, buffers);
         }
     };
-    // A last tile that is not full begins among rows that are done already, which is faster than
-    // tiles of one or two rows.
+    // The last tile may begin among rows that are done already, which is faster than tiles of one
+    // or two rows.
     for (int row = s.row0; row < s.row1;) {
         const int left = s.row1 - row, all = s.row1 - s.row0;
         int rows = tile;
@@ -399,7 +406,7 @@ LC_INLINE void attention_as(const attention_args & a, const segment & s, int hea
         if (rows > left) {
             row = s.row1 - rows;
         }
-        part(row, rows);
+        compute_rows(row, rows);
         row += rows;
     }
 }

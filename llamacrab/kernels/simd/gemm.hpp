@@ -1,4 +1,4 @@
-// The products: micro-kernels of a few rows by 32 columns, and the loop around them.
+// Products: micro-kernels of a few rows by 32 columns, and the loop around them.
 #pragma once
 
 #include "../kernel_table.hpp"
@@ -11,13 +11,13 @@ using llamacrab::kernels::linear_args;
 using llamacrab::kernels::panel_width;
 using llamacrab::kernels::weight_layout;
 
-// Registers decide: 12 rows by 2 vectors of sums take 24 of AVX-512's 32.
+// As many rows as registers allow: 12 rows by 2 vectors of sums take 24 of AVX-512's 32.
 #if defined(__AVX512F__)
 constexpr int tile = 12;
 #else
 constexpr int tile = 4;
 #endif
-constexpr int vectors = panel_width / width;                // of a panel
+constexpr int vectors = panel_width / width;                // per panel
 constexpr int vectors_at_once = vectors < 2 ? vectors : 2;  // computed together
 
 // out[i * ldo + 0..31] = sum over k of x[i][k] * w[k][0..31]
@@ -51,7 +51,7 @@ LC_INLINE void product_f32(const float * w, const float * x, size_t ldx, int k, 
     }
 }
 
-// The same on pairs of bf16, with x in float: for CPUs that cannot multiply bf16.
+// The same with bf16 weights and float activations, for CPUs that cannot multiply bf16.
 template <int NT>
 LC_INLINE void product_pairs(const uint16_t * w, const float * x, size_t ldx, int k, float * out,
                              size_t ldo) {
@@ -87,8 +87,8 @@ LC_INLINE void product_pairs(const uint16_t * w, const float * x, size_t ldx, in
 }
 
 #if defined(__AVX512BF16__)
-// With WIDE false only the first 16 columns. `ahead`, if not null, is brought into L2: a line for
-// every 8 of k.
+// With WIDE false only the first 16 columns. `ahead`, if not null, is prefetched into L2: a line
+// for every 8 of k.
 template <int NT, bool WIDE = true>
 LC_INLINE void product_bf16(const uint16_t * w, const uint16_t * x, size_t ldx, int k, float * out,
                             size_t ldo, const char * ahead = nullptr) {
@@ -184,7 +184,7 @@ LC_INLINE vf activate(activation act, vf v) {
     }
 }
 
-// What follows a tile's sums: scales, bias, activation, and out in the types that are wanted.
+// Apply scales, bias and activation to the sums of a tile, and write the outputs.
 template <activation ACT, precision P>
 LC_INLINE void finish_tile(const linear_args & a, float * sums, int rows, int row, int column) {
     const int n = a.m - column < panel_width ? a.m - column : panel_width;
@@ -296,8 +296,8 @@ static void linear(const linear_args & a, int row0, int row1) {
     for (int column = 0; column < a.m; column += panel_width) {
         const char * panel = (const char *) a.w + column / panel_width * bytes;
         int row = row0;
-        // Panels lie one behind the other. While this one is multiplied the next comes out of
-        // memory, an eighth with each tile: else the first tile of each panel waits for it.
+        // Prefetch the next panel while this one is multiplied, an eighth with each tile: else the
+        // first tile of each panel waits for memory.
         const char * ahead = panel + bytes;
         for (; row + tile <= row1; row += tile, ahead += bytes / 8) {
             product<tile>(a, panel, row, sums, ahead);

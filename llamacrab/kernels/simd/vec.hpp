@@ -1,5 +1,6 @@
-// Vectors of the width that this translation unit is compiled for. Everything is always inlined and
-// in an unnamed namespace: a function with AVX-512 in it must never be what another unit links to.
+// Vectors of the width that this translation unit is compiled for. All functions are always inlined
+// and in an unnamed namespace: the linker must never choose a function with AVX-512 instructions
+// for another unit.
 #pragma once
 
 #include <cstdint>
@@ -34,7 +35,7 @@ LC_INLINE void store(float * p, vf v) { std::memcpy(p, &v, sizeof v); }
 
 LC_INLINE vf splat(float x) { return vf{} + x; }
 
-// Of two numbers; where `b` is NaN, NaN.
+// The greater of each two numbers; NaN where `b` is NaN.
 LC_INLINE vf vmax(vf a, vf b) {
 #if defined(__AVX512F__)
     return (vf) _mm512_max_ps((__m512) a, (__m512) b);
@@ -81,23 +82,23 @@ LC_INLINE float reduce_max(vf v) {
 #endif
 }
 
-// The first n of a vector from memory, zeros behind.
+// Load the first n numbers of a vector; the rest are zeros.
 LC_INLINE vf load_part(const float * p, int n) {
     vf r = {};
     std::memcpy(&r, p, n * sizeof(float));
     return r;
 }
 
-// How exact a function must be: to float's last bits, or to what is left of it in bf16.
+// How exact a function must be: as its result is kept in float, or rounded to bf16.
 enum class precision { f32, bf16 };
 
-// exp2: x is split into a whole and a fraction, and the whole put into the exponent. The relative
+// exp2: x is split into an integer, which goes into the exponent, and a fraction. The relative
 // error of the polynomials is 8e-8 and 8e-5.
 template <precision P = precision::f32>
 LC_INLINE vf exp2v(vf x) {
     vf p;
 #if defined(__AVX512DQ__)
-    // The fraction in [0, 1); scalef takes the whole by itself, and knows infinities.
+    // The fraction in [0, 1). scalef takes the integer part of x itself, and handles infinities.
     const vf f = (vf) _mm512_reduce_ps((__m512) x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
     if (P == precision::bf16) {
         p = f * 0.078024514f + 0.226067171f;
@@ -113,7 +114,7 @@ LC_INLINE vf exp2v(vf x) {
     return (vf) _mm512_scalef_ps((__m512) p, (__m512) x);
 #else
     x = vmin(splat(127.f), vmax(splat(-126.f), x));
-    const vf big = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to a whole number
+    const vf big = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
     const vf t = x + big;
     const vf f = x - (t - big);  // in [-1/2, 1/2]
     p = f * 1.32764701e-3f + 9.67554096e-3f;
@@ -135,7 +136,7 @@ LC_INLINE vf inverse(vf x) {
         return (vf) r;
     }
     const __m512 e = _mm512_fnmadd_ps((__m512) x, r, _mm512_set1_ps(2.f));
-    // Where the estimate is 0 (x infinite) the correction would be infinity times 0.
+    // If the estimate is 0 (x is infinite), the correction would be infinity times 0.
     return (vf) _mm512_mask_mul_ps(r, _mm512_cmp_ps_mask(r, _mm512_setzero_ps(), _CMP_NEQ_UQ), r,
                                    e);
 #else
@@ -148,14 +149,14 @@ LC_INLINE vf sigmoidv(vf x) {
     return inverse<P>(1.f + exp2v<P>(x * -log2e));
 }
 
-// BERT's GELU in llama.cpp: the approximation by tanh, as x times a sigmoid.
+// GELU by the approximation with tanh, written as x times a sigmoid.
 template <precision P = precision::f32>
 LC_INLINE vf geluv(vf x) {
     const float c = -log2e * 2 * 0.79788456f;
     return x * inverse<P>(1.f + exp2v<P>(x * (x * x * (c * 0.044715f) + c)));
 }
 
-// erf by Abramowitz and Stegun 7.1.26; its error, 1.5e-7, is that of float.
+// erf by Abramowitz and Stegun 7.1.26, with an error of 1.5e-7.
 LC_INLINE vf gelu_erfv(vf x) {
     const vf z = vabs(x) * 0.70710678f;
     const vf t = inverse(1.f + z * 0.3275911f);
@@ -177,7 +178,7 @@ LC_INLINE void store_bf16(uint16_t * p, vf v) {
 }
 #endif
 
-// Two floats of a pair of bf16 in 32 bits: the first is the low half.
+// The two values of a pair of bf16 in 32 bits: the first is the low half.
 LC_INLINE vf low_bf16(vi pairs) { return (vf) (pairs << 16); }
 LC_INLINE vf high_bf16(vi pairs) { return (vf) (pairs & (int32_t) 0xffff0000u); }
 
