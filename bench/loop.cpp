@@ -1,11 +1,11 @@
-// The best that a plain loop over llama.cpp does: texts sorted by length, packed under a token budget
-// of the caller's choice, a context and a thread each. No queue, no Python.
+// The best that a plain loop over llama.cpp does: texts sorted by length, packed under a token
+// budget of the caller's choice, a context and a thread each. No queue, no Python.
 //
 //   loop MODEL TEXTS CONTEXTS THREADS PACK_TOKENS FLASH_ATTN
 //
-// TEXTS holds a text a line. After loading, each line on standard input makes it compute all of them
-// once and print the seconds that took, tokenizing included. A line other than "go" names a file that
-// then gets the vectors, as they lie in memory.
+// TEXTS holds a text a line. After loading, each line on standard input makes it compute all of
+// them once and print the seconds that took, tokenizing included. A line other than "go" names a
+// file that then gets the vectors, as they lie in memory.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -23,8 +23,9 @@
 using ids = std::vector<llama_token>;
 
 static ids tokenize(const llama_vocab * vocab, const std::string & text) {
-    ids       out(text.size() + 8);
-    const int n = llama_tokenize(vocab, text.data(), text.size(), out.data(), out.size(), true, false);
+    ids out(text.size() + 8);
+    const int n =
+        llama_tokenize(vocab, text.data(), text.size(), out.data(), out.size(), true, false);
     out.resize(std::min(n, 512));
     return out;
 }
@@ -37,37 +38,38 @@ int main(int argc, char ** argv) {
     const int n_contexts = atoi(argv[3]), n_threads = atoi(argv[4]), budget = atoi(argv[5]);
     llama_log_set([](ggml_log_level, const char *, void *) {}, nullptr);
     llama_backend_init();
-    llama_model *       model = llama_model_load_from_file(argv[1], llama_model_default_params());
+    llama_model * model = llama_model_load_from_file(argv[1], llama_model_default_params());
     const llama_vocab * vocab = llama_model_get_vocab(model);
-    const int           width = llama_model_n_embd_out(model);
+    const int width = llama_model_n_embd_out(model);
 
     std::vector<std::string> texts;
-    std::ifstream            file(argv[2]);
+    std::ifstream file(argv[2]);
     for (std::string line; std::getline(file, line);) {
         texts.push_back(line);
     }
     std::vector<llama_context *> contexts;
     for (int i = 0; i < n_contexts; ++i) {
-        auto params            = llama_context_default_params();
-        params.n_ctx           = 512;
-        params.n_batch         = std::max(512, budget);
-        params.n_ubatch        = params.n_batch;
-        params.n_seq_max       = 64;
-        params.n_threads       = n_threads;
+        auto params = llama_context_default_params();
+        params.n_ctx = 512;
+        params.n_batch = std::max(512, budget);
+        params.n_ubatch = params.n_batch;
+        params.n_seq_max = 64;
+        params.n_threads = n_threads;
         params.n_threads_batch = n_threads;
-        params.embeddings      = true;
-        params.kv_unified      = true;
-        params.no_perf         = true;
-        params.flash_attn_type = atoi(argv[6]) ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
+        params.embeddings = true;
+        params.kv_unified = true;
+        params.no_perf = true;
+        params.flash_attn_type =
+            atoi(argv[6]) ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
         contexts.push_back(llama_init_from_model(model, params));
     }
     std::vector<float> rows(texts.size() * width);
 
     for (std::string go; std::getline(std::cin, go);) {
-        const auto       start = std::chrono::steady_clock::now();
+        const auto start = std::chrono::steady_clock::now();
         std::vector<ids> tokens(texts.size());
         {
-            std::atomic<size_t>      next{0};
+            std::atomic<size_t> next{0};
             std::vector<std::thread> threads;
             for (int i = 0; i < n_contexts * n_threads; ++i) {
                 threads.emplace_back([&] {
@@ -89,13 +91,14 @@ int main(int argc, char ** argv) {
         std::vector<std::pair<size_t, size_t>> packs;
         for (size_t i = 0; i < order.size();) {
             size_t n = 0, j = i;
-            while (j < order.size() && j - i < 64 && (j == i || n + tokens[order[j]].size() <= size_t(budget))) {
+            while (j < order.size() && j - i < 64 &&
+                   (j == i || n + tokens[order[j]].size() <= size_t(budget))) {
                 n += tokens[order[j++]].size();
             }
             packs.emplace_back(i, j);
             i = j;
         }
-        std::atomic<size_t>      next{0};
+        std::atomic<size_t> next{0};
         std::vector<std::thread> threads;
         for (llama_context * context : contexts) {
             threads.emplace_back([&, context] {
@@ -105,12 +108,12 @@ int main(int argc, char ** argv) {
                     for (size_t k = packs[p].first; k < packs[p].second; ++k) {
                         const ids & text = tokens[order[k]];
                         for (size_t pos = 0; pos < text.size(); ++pos) {
-                            const int at        = batch.n_tokens++;
-                            batch.token[at]     = text[pos];
-                            batch.pos[at]       = pos;
-                            batch.n_seq_id[at]  = 1;
+                            const int at = batch.n_tokens++;
+                            batch.token[at] = text[pos];
+                            batch.pos[at] = pos;
+                            batch.n_seq_id[at] = 1;
                             batch.seq_id[at][0] = k - packs[p].first;
-                            batch.logits[at]    = 1;
+                            batch.logits[at] = 1;
                         }
                     }
                     if (llama_decode(context, batch)) {
@@ -118,7 +121,7 @@ int main(int argc, char ** argv) {
                     }
                     for (size_t k = packs[p].first; k < packs[p].second; ++k) {
                         const float * row = llama_get_embeddings_seq(context, k - packs[p].first);
-                        float         sum = 0;
+                        float sum = 0;
                         for (int e = 0; e < width; ++e) {
                             sum += row[e] * row[e];
                         }
@@ -135,8 +138,8 @@ int main(int argc, char ** argv) {
         }
         const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
         if (go != "go") {
-            std::ofstream(go, std::ios::binary).write(reinterpret_cast<const char *>(rows.data()),
-                                                      rows.size() * sizeof(float));
+            std::ofstream(go, std::ios::binary)
+                .write(reinterpret_cast<const char *>(rows.data()), rows.size() * sizeof(float));
         }
         printf("%.6f\n", taken.count());
         fflush(stdout);

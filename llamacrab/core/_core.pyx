@@ -11,6 +11,7 @@ from libc.math cimport isfinite
 from libc.stdint cimport int32_t, int64_t, uint8_t
 from libc.string cimport memcpy
 from libcpp cimport bool as cbool
+from libcpp.map cimport map as cppmap
 from libcpp.memory cimport unique_ptr
 from libcpp.string cimport string
 from libcpp.utility cimport move
@@ -70,7 +71,7 @@ include "devices.pyx"
 
 c.log_install(_log_sink)
 native.asserts_install()
-native.kernels_install()
+native.install_kernels()
 if c.LLAMACRAB_LLAMA_PLUGINS:
     # Beside this file and nowhere else: left alone, ggml would look into the current folder too.
     c.ggml_backend_load_all_from_path(os.fsencode(os.path.dirname(__file__)))

@@ -25,19 +25,38 @@ def system_info():
 
 
 def kernels():
-    """Return the name of the kernel set in use, such as "avx512_bf16"; None where there is none."""
-    cdef const char *name = native.kernels_name()
+    """Return the name of the kernels in use, such as "avx512_bf16"; None if there are none."""
+    cdef const char *name = native.active_kernels()
     return None if name == NULL else name.decode()
 
 
-def _check_kernels(str kind, list numbers):
-    """Compare our kernels with ggml's on a small graph, for tests: kernels/testing/."""
+def _compare_with_ggml(str kind, dict fields):
+    """Compare the kernels with ggml's on a small graph, for tests.
+
+    `kind` and `fields` are those of a struct in kernels/testing/compare_with_ggml.cpp; a field is
+    an int, a list of int or a str. ValueError if a field is unknown or missing.
+    """
     cdef string name = kind.encode()
-    cdef vector[int] values = numbers
-    cdef double off
+    cdef cppmap[string, native.field_value] values
+    cdef native.field_value value
+    cdef double difference
+    for field, given in fields.items():
+        is_word = isinstance(given, str)
+        value.word = given.encode() if is_word else b""
+        value.numbers = [] if is_word else given if isinstance(given, list) else [given]
+        values[field.encode()] = value
     with nogil:
-        off = native.check_kernels(name, values)
-    return off
+        difference = native.compare_with_ggml(name, values)
+    return difference
+
+
+def _check_thread_pool(list sizes):
+    """Return how many items of work a thread pool did wrong, for tests."""
+    cdef vector[int] n_threads = sizes
+    cdef int n_wrong
+    with nogil:
+        n_wrong = native.check_thread_pool(n_threads)
+    return n_wrong
 
 
 cdef c.ggml_backend_dev_t find_device(str name) except NULL:

@@ -418,10 +418,10 @@ cdef str _choose_backend(wanted, bint suits, bint on_gpu):
     if wanted == "auto":
         wanted = os.environ.get("LLAMACRAB_CPU_BACKEND") or "auto"
     if wanted == "auto":
-        return "llamacrab" if suits and native.kernels_worthwhile() and not on_gpu else "ggml"
+        return "llamacrab" if suits and native.prefer_kernels() and not on_gpu else "ggml"
     if wanted not in CPU_BACKENDS:
         raise ModelError(f"cpu_backend must be one of {', '.join(CPU_BACKENDS)}, not {wanted!r}")
-    if wanted != "ggml" and native.kernels_name() == NULL:
+    if wanted != "ggml" and native.active_kernels() == NULL:
         raise ModelError(
             f"cpu_backend={wanted!r} needs llamacrab's own kernels, which a build with the "
             "system's libllama does not have"

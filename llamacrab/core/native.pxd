@@ -1,6 +1,7 @@
 # The only declarations of our own C++ core, native/*.hpp.
 from libc.stdint cimport int32_t, int64_t, uint8_t
 from libcpp cimport bool as cbool
+from libcpp.map cimport map as cppmap
 from libcpp.memory cimport unique_ptr
 from libcpp.string cimport string
 from libcpp.vector cimport vector
@@ -25,29 +26,40 @@ cdef extern from "<string_view>" namespace "std" nogil:
 
 cdef extern from "native/thread_pool.hpp" namespace "llamacrab" nogil:
     cppclass thread_pool:
-        thread_pool(size_t n_helpers) except +
+        thread_pool(size_t max_helpers) except +
 
 
-cdef extern from "kernels/kernels.hpp" namespace "llamacrab" nogil:
+cdef extern from "native/testing/check_thread_pool.hpp" namespace "llamacrab" nogil:
+    int check_thread_pool(const vector[int] &sizes) except +
+
+
+cdef extern from "kernels/kernels.hpp" namespace "llamacrab::kernels" nogil:
     enum class cpu_backend:
         ggml
         llamacrab
         int8
 
-    const char *kernels_name()
-    cbool kernels_worthwhile()
-    void kernels_install() except +
+    const char *active_kernels "llamacrab::kernels::active_name"()
+    cbool prefer_kernels "llamacrab::kernels::preferred_over_ggml"()
+    void install_kernels "llamacrab::kernels::install"() except +
 
 
-cdef extern from "kernels/testing/compare_with_ggml.hpp" namespace "llamacrab" nogil:
-    double check_kernels(const string &kind, const vector[int] &numbers) except +
+cdef extern from "kernels/testing/compare_with_ggml.hpp" namespace "llamacrab::kernels" nogil:
+    cppclass field_value:
+        vector[int] numbers
+        string word
+
+    double compare_with_ggml(const string &kind, const cppmap[string, field_value] &fields) except +
 
 
 cdef extern from "native/llama_guard.hpp" namespace "llamacrab" nogil:
     void asserts_install()
+    llama_context *make_context(llama_model *model, llama_context_params params) except +
+
+
+cdef extern from "core/load_model.hpp" namespace "llamacrab" nogil:
     llama_model *load_model(
         const char *path, llama_model_params params, cpu_backend backend) except +
-    llama_context *make_context(llama_model *model, llama_context_params params) except +
 
 
 cdef extern from "native/tokenization.hpp" namespace "llamacrab" nogil:

@@ -1,61 +1,63 @@
-// The choice of a kernel set.
-#include "kernel_table.hpp"
-
+// Selects the kernels for this CPU.
 #include <cstdlib>
 #include <cstring>
 
-namespace llamacrab {
+#include "kernel_table.hpp"
 
-#if !defined(LLAMACRAB_X86_SETS)
-const kernel_set * set_avx2() { return nullptr; }
-const kernel_set * set_avx512_bf16() { return nullptr; }
+namespace llamacrab::kernels {
+
+#if !defined(LLAMACRAB_X86_KERNELS)
+const kernel_table * avx2_kernels() { return nullptr; }
+const kernel_table * avx512_bf16_kernels() { return nullptr; }
 #endif
 
-static bool runs_avx2() {
-#if defined(LLAMACRAB_X86_SETS)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+static bool cpu_has_avx2() {
+#if defined(LLAMACRAB_X86_KERNELS)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("f16c");
 #else
     return false;
 #endif
 }
 
-static bool runs_avx512_bf16() {
-#if defined(LLAMACRAB_X86_SETS)
-    return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
+static bool cpu_has_avx512_bf16() {
+#if defined(LLAMACRAB_X86_KERNELS)
+    return cpu_has_avx2() && __builtin_cpu_supports("avx512f") &&
+           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") &&
+           __builtin_cpu_supports("avx512bf16");
 #else
     return false;
 #endif
 }
 
-static const kernel_set & choose() {
-    const struct {
-        const char * name;
-        bool         runs;
-        const kernel_set * (*set)();
-    } known[] = {
-        { "avx512_bf16", runs_avx512_bf16(), set_avx512_bf16 },
-        { "avx2", runs_avx2(), set_avx2 },
-        { "plain", true, set_plain },
+static const kernel_table & select_kernels() {
+    const kernel_table * usable[] = {
+        // the fastest first
+        cpu_has_avx512_bf16() ? avx512_bf16_kernels() : nullptr,
+        cpu_has_avx2() ? avx2_kernels() : nullptr,
+        generic_kernels(),
     };
     const char * wanted = std::getenv("LLAMACRAB_KERNELS");
-    for (const auto & one : known) {
-        if (wanted && std::strcmp(wanted, one.name) == 0 && one.runs) {
-            return *one.set();
+    if (wanted && std::strcmp(wanted, "plain") == 0) {
+        wanted = "generic";  // its former name
+    }
+    for (const kernel_table * table : usable) {
+        if (wanted && table && std::strcmp(wanted, table->name) == 0) {
+            return *table;
         }
     }
-    for (const auto & one : known) {
-        if (one.runs) {
-            return *one.set();
+    for (const kernel_table * table : usable) {
+        if (table) {
+            return *table;
         }
     }
-    return *set_plain();
+    return *generic_kernels();
 }
 
-const kernel_set & kernels() {
-    static const kernel_set & chosen = choose();
-    return chosen;
+const kernel_table & active_kernels() {
+    static const kernel_table & selected = select_kernels();
+    return selected;
 }
 
-}  // namespace llamacrab
+}  // namespace llamacrab::kernels

@@ -1,14 +1,15 @@
 // The ggml backend: a device of type ACCEL, its buffer types and its registration.
 //
-// llama.cpp offers an ACCEL device's buffer type for every weight that stays on the CPU, before the
-// CPU's own, and gives every context a backend of the device. ggml's scheduler then runs a node where
-// its weights lie, and what surrounds it there too, if the backend can. So a model uses these kernels
-// when its weights are in our buffers; the graph of any other model has nothing that draws us in.
+// llama.cpp tries the buffer type of an ACCEL device, before that of the CPU, for every weight that
+// stays on the CPU, and gives every context a backend of the device. ggml's scheduler then assigns
+// a node to the backend whose buffers hold its weights, and assigns the nodes around it to the same
+// backend if it supports them. So a model uses these kernels if its weights are in buffers of this
+// backend; the graphs of all other models stay on ggml's CPU backend.
 //
-// A device has one buffer type, and llama.cpp asks for it in two places. While a model loads it is that of
-// packed weights, or the CPU's own (which llama.cpp skips), as `loading_for` says for this thread. For
-// a context it is plain host memory, of a type of its own: with the CPU's, the scheduler would move
-// other models' nodes to us.
+// A device has one buffer type, and llama.cpp asks for it in two places. While a model is loaded,
+// `loading_for` decides for this thread: the type for packed weights, or the CPU's own type (which
+// llama.cpp skips). For a context it is a type for unpacked host memory. That must not be the CPU's
+// type: the scheduler would then assign nodes of other models to this backend.
 #include "ggml_backend.hpp"
 
 #include <atomic>
@@ -17,8 +18,9 @@
 
 #include "executor.hpp"
 #include "kernels.hpp"
+#include "op_support.hpp"
 
-namespace llamacrab {
+namespace llamacrab::kernels {
 
 constexpr int not_loading = -1;
 
@@ -30,8 +32,8 @@ static int & loading() {
 loading_for::loading_for(cpu_backend wanted) : before(loading()) { loading() = (int) wanted; }
 loading_for::~loading_for() { loading() = before; }
 
-const char * kernels_name() { return kernels().name; }
-bool kernels_worthwhile() { return kernels().bf16; }
+const char * active_name() { return active_kernels().name; }
+bool preferred_over_ggml() { return active_kernels().bf16; }
 
 // ------------------------------------------------------------------------------------- buffers
 
@@ -39,55 +41,62 @@ static ggml_backend_device device;
 
 static ggml_backend_buffer_type packed_type, packed_int8_type, host_type;
 
-static bool is_packed(const ggml_backend_buffer * buffer) {
+bool is_packed_weight(const ggml_tensor * w) {
+    const ggml_backend_buffer * buffer = w->buffer;
     return buffer && (buffer->buft == &packed_type || buffer->buft == &packed_int8_type);
 }
 
-bool is_ours(const ggml_tensor * w) { return is_packed(w->buffer); }
-
-packing packing_in_place(const ggml_tensor * w) { return packing_of(w, w->buffer->buft == &packed_int8_type); }
+weight_layout layout_of(const ggml_tensor * w) {
+    return choose_layout(w, w->buffer->buft == &packed_int8_type);
+}
 
 static size_t alignment(ggml_backend_buffer_type_t) { return 64; }
 
 static size_t packed_size(ggml_backend_buffer_type_t type, const ggml_tensor * w) {
-    return packed_bytes(w, packing_of(w, type == &packed_int8_type));
+    return packed_bytes(w, choose_layout(w, type == &packed_int8_type));
 }
 
-// Whole rows of a weight that bytes [offset, offset + size) are, in ggml's layout.
-static bool rows_of(const ggml_tensor * w, size_t offset, size_t size, int64_t & row0, int64_t & row1) {
+// The rows of a weight in bytes [offset, offset + size) of ggml's layout. False if these bytes are
+// not whole rows.
+static bool rows_of(const ggml_tensor * w, size_t offset, size_t size, int64_t & row0,
+                    int64_t & row1) {
     const size_t row = ggml_row_size(w->type, w->ne[0]);
-    row0             = offset / row;
-    row1             = (offset + size) / row;
+    row0 = offset / row;
+    row1 = (offset + size) / row;
     return offset % row == 0 && size % row == 0;
 }
 
-static void set_tensor(ggml_backend_buffer_t, ggml_tensor * w, const void * data, size_t offset, size_t size) {
-    const packing kind = packing_in_place(w);
-    int64_t       row0, row1;
-    if (kind == packing::raw) {
+static void set_tensor(ggml_backend_buffer_t, ggml_tensor * w, const void * data, size_t offset,
+                       size_t size) {
+    const weight_layout layout = layout_of(w);
+    int64_t row0, row1;
+    if (layout == weight_layout::unpacked) {
         std::memcpy((char *) w->data + offset, data, size);
     } else if (rows_of(w, offset, size, row0, row1)) {
-        pack_rows(w, kind, data, row0, row1, w->data);
+        pack_rows(w, layout, data, row0, row1, w->data);
     } else {
         throw std::runtime_error(std::string("parts of rows of ") + w->name + " cannot be packed");
     }
 }
 
-static void get_tensor(ggml_backend_buffer_t, const ggml_tensor * w, void * data, size_t offset, size_t size) {
-    const packing kind = packing_in_place(w);
-    int64_t       row0, row1;
-    if (kind == packing::raw) {
+static void get_tensor(ggml_backend_buffer_t, const ggml_tensor * w, void * data, size_t offset,
+                       size_t size) {
+    const weight_layout layout = layout_of(w);
+    int64_t row0, row1;
+    if (layout == weight_layout::unpacked) {
         std::memcpy(data, (const char *) w->data + offset, size);
     } else if (rows_of(w, offset, size, row0, row1)) {
-        unpack_rows(w, kind, w->data, row0, row1, data);
+        unpack_rows(w, layout, w->data, row0, row1, data);
     } else {
-        throw std::runtime_error(std::string("parts of rows of ") + w->name + " cannot be unpacked");
+        throw std::runtime_error(std::string("parts of rows of ") + w->name +
+                                 " cannot be unpacked");
     }
 }
 
-// Memory of the CPU's own buffer type, under our name.
+// A buffer of the CPU's type, labelled with another type.
 static ggml_backend_buffer_t allocate(ggml_backend_buffer_type_t type, size_t size) {
-    ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), size);
+    ggml_backend_buffer_t buffer =
+        ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), size);
     if (buffer) {
         buffer->buft = type;
     }
@@ -97,54 +106,51 @@ static ggml_backend_buffer_t allocate(ggml_backend_buffer_type_t type, size_t si
 static ggml_backend_buffer_t allocate_packed(ggml_backend_buffer_type_t type, size_t size) {
     ggml_backend_buffer_t buffer = allocate(type, size);
     if (buffer) {
-        buffer->iface.set_tensor    = set_tensor;
-        buffer->iface.get_tensor    = get_tensor;
+        buffer->iface.set_tensor = set_tensor;
+        buffer->iface.get_tensor = get_tensor;
         buffer->iface.memset_tensor = nullptr;
-        buffer->iface.cpy_tensor    = nullptr;
+        buffer->iface.cpy_tensor = nullptr;
     }
     return buffer;
 }
 
 // ------------------------------------------------------------------------------------- backend
 
-struct backend_state {
-    graph_runner runner;
-};
-
-static backend_state & state_of(ggml_backend_t backend) { return *(backend_state *) backend->context; }
+static executor & executor_of(ggml_backend_t backend) { return *(executor *) backend->context; }
 
 static void free_backend(ggml_backend_t backend) {
-    delete &state_of(backend);
+    delete &executor_of(backend);
     delete backend;
 }
 
 static ggml_status compute(ggml_backend_t backend, ggml_cgraph * graph) try {
-    return state_of(backend).runner.run(graph);
+    return executor_of(backend).run(graph);
 } catch (const std::bad_alloc &) {
     return GGML_STATUS_ALLOC_FAILED;
 } catch (const std::exception &) {
     return GGML_STATUS_FAILED;
 }
 
-static void set_n_threads(ggml_backend_t backend, int n) { state_of(backend).runner.set_n_threads(n); }
+static void set_n_threads(ggml_backend_t backend, int n) { executor_of(backend).set_n_threads(n); }
 
 static void set_abort_callback(ggml_backend_t backend, ggml_abort_callback callback, void * data) {
-    state_of(backend).runner.set_abort(callback, data);
+    executor_of(backend).set_abort(callback, data);
 }
 
-static ggml_guid guid = { 0x6c, 0x6c, 0x61, 0x6d, 0x61, 0x63, 0x72, 0x61, 0x62, 0x2e, 0x6b, 0x65, 0x72, 0x6e, 0x65, 0x6c };
+static ggml_guid guid = {0x6c, 0x6c, 0x61, 0x6d, 0x61, 0x63, 0x72, 0x61,
+                         0x62, 0x2e, 0x6b, 0x65, 0x72, 0x6e, 0x65, 0x6c};
 
 static const char * name() { return "llamacrab"; }
 
 static ggml_backend_t init_backend(ggml_backend_dev_t, const char *) {
-    auto * backend               = new ggml_backend();
-    backend->guid                = &guid;
-    backend->iface.get_name      = [](ggml_backend_t) { return name(); };
-    backend->iface.free          = free_backend;
+    auto * backend = new ggml_backend();
+    backend->guid = &guid;
+    backend->iface.get_name = [](ggml_backend_t) { return name(); };
+    backend->iface.free = free_backend;
     backend->iface.graph_compute = compute;
-    backend->device              = &device;
+    backend->device = &device;
     try {
-        backend->context = new backend_state();
+        backend->context = new executor();
     } catch (...) {
         delete backend;
         throw;
@@ -165,9 +171,9 @@ static ggml_backend_buffer_type_t device_buffer_type(ggml_backend_dev_t) {
 
 static void device_props(ggml_backend_dev_t, ggml_backend_dev_props * props) {
     std::memset(props, 0, sizeof *props);
-    props->name        = name();
-    props->description = kernels().name;
-    props->type        = GGML_BACKEND_DEVICE_TYPE_ACCEL;
+    props->name = name();
+    props->description = active_kernels().name;
+    props->type = GGML_BACKEND_DEVICE_TYPE_ACCEL;
 }
 
 static bool supports_buffer_type(ggml_backend_dev_t, ggml_backend_buffer_type_t type) {
@@ -188,38 +194,43 @@ static void * proc_address(ggml_backend_reg_t, const char * wanted) {
     return nullptr;
 }
 
-void kernels_install() {
-    const auto make_type = [](ggml_backend_buffer_type & type, const char * (*get_name)(ggml_backend_buffer_type_t)) {
-        type.iface.get_name      = get_name;
-        type.iface.alloc_buffer  = allocate_packed;
+void install() {
+    const auto make_type = [](ggml_backend_buffer_type & type,
+                              const char * (*get_name)(ggml_backend_buffer_type_t)) {
+        type.iface.get_name = get_name;
+        type.iface.alloc_buffer = allocate_packed;
         type.iface.get_alignment = alignment;
         type.iface.get_alloc_size = packed_size;
-        type.device              = &device;
+        type.device = &device;
     };
     make_type(packed_type, [](ggml_backend_buffer_type_t) { return "llamacrab_packed"; });
     make_type(packed_int8_type, [](ggml_backend_buffer_type_t) { return "llamacrab_packed_int8"; });
     make_type(host_type, [](ggml_backend_buffer_type_t) { return "llamacrab_host"; });
-    host_type.iface.alloc_buffer   = allocate;
+    host_type.iface.alloc_buffer = allocate;
     host_type.iface.get_alloc_size = nullptr;
-    host_type.iface.is_host        = [](ggml_backend_buffer_type_t) { return true; };
+    host_type.iface.is_host = [](ggml_backend_buffer_type_t) { return true; };
 
-    device.iface.get_name        = [](ggml_backend_dev_t) { return name(); };
-    device.iface.get_description = [](ggml_backend_dev_t) { return kernels().name; };
-    device.iface.get_memory      = [](ggml_backend_dev_t, size_t * free, size_t * total) { *free = *total = 0; };
-    device.iface.get_type        = [](ggml_backend_dev_t) { return GGML_BACKEND_DEVICE_TYPE_ACCEL; };
-    device.iface.get_props       = device_props;
-    device.iface.init_backend    = init_backend;
+    device.iface.get_name = [](ggml_backend_dev_t) { return name(); };
+    device.iface.get_description = [](ggml_backend_dev_t) { return active_kernels().name; };
+    device.iface.get_memory = [](ggml_backend_dev_t, size_t * free, size_t * total) {
+        *free = *total = 0;
+    };
+    device.iface.get_type = [](ggml_backend_dev_t) { return GGML_BACKEND_DEVICE_TYPE_ACCEL; };
+    device.iface.get_props = device_props;
+    device.iface.init_backend = init_backend;
     device.iface.get_buffer_type = device_buffer_type;
-    device.iface.supports_op     = [](ggml_backend_dev_t, const ggml_tensor * node) { return can_compute(node); };
-    device.iface.supports_buft   = supports_buffer_type;
-    device.reg                   = &reg;
+    device.iface.supports_op = [](ggml_backend_dev_t, const ggml_tensor * node) {
+        return can_compute(node);
+    };
+    device.iface.supports_buft = supports_buffer_type;
+    device.reg = &reg;
 
-    reg.api_version            = GGML_BACKEND_API_VERSION;
-    reg.iface.get_name         = [](ggml_backend_reg_t) { return name(); };
+    reg.api_version = GGML_BACKEND_API_VERSION;
+    reg.iface.get_name = [](ggml_backend_reg_t) { return name(); };
     reg.iface.get_device_count = [](ggml_backend_reg_t) -> size_t { return 1; };
-    reg.iface.get_device       = [](ggml_backend_reg_t, size_t) { return &device; };
+    reg.iface.get_device = [](ggml_backend_reg_t, size_t) { return &device; };
     reg.iface.get_proc_address = proc_address;
     ggml_backend_register(&reg);
 }
 
-}  // namespace llamacrab
+}  // namespace llamacrab::kernels

@@ -1,16 +1,15 @@
-// What the parts of the backend share.
+// What the rest of the backend asks about weights.
 #pragma once
 
 #include "ggml-backend-impl.h"
 #include "weight_packing.hpp"
 
-namespace llamacrab {
+namespace llamacrab::kernels {
 
-// Whether a tensor lies in one of our buffers of weights, and how.
-bool is_ours(const ggml_tensor * weight);
-packing packing_in_place(const ggml_tensor * weight);
+// Whether a tensor lies in one of the backend's buffers of packed weights.
+bool is_packed_weight(const ggml_tensor * weight);
 
-// Whether this backend computes a node; see executor.cpp.
-bool can_compute(const ggml_tensor * node);
+// How such a tensor is laid out there.
+weight_layout layout_of(const ggml_tensor * weight);
 
-}  // namespace llamacrab
+}  // namespace llamacrab::kernels

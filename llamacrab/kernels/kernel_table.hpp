@@ -1,108 +1,118 @@
-// A kernel set: all the arithmetic, compiled for one instruction set. simd/ holds its source, which is
-// compiled once for each; dispatch.cpp chooses one by CPUID. Nothing here knows of ggml.
+// The table of kernels: all arithmetic, compiled for one instruction set. simd/ holds the source,
+// which is compiled once per instruction set; dispatch.cpp selects a table by CPUID. Nothing here
+// depends on ggml.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-namespace llamacrab {
+namespace llamacrab::kernels {
 
-// How a matrix of weights is packed: panels of 32 columns of the product (rows of the weight), and in
-// a panel all k in order, so that a micro-kernel reads it from front to back.
-//   f32   [panel][k][32]          floats
-//   bf16  [panel][k / 2][32][2]   pairs, as the dot product instruction takes them
-//   int8  [panel][k / 4][32][4]   quadruples, as VNNI takes them; then 32-padded scales and sums
-// k is padded with zeros to 1, 2 and 4.
-enum class packing : int32_t { raw, f32, bf16, int8 };
+// How a matrix of weights lies in memory. Packed weights lie in panels of 32 columns of the product
+// (rows of the weight). A panel holds all of k in order, so that a micro-kernel reads it from front
+// to back.
+//   unpacked     as in ggml
+//   f32_panels   [panel][k][32]          floats
+//   bf16_panels  [panel][k / 2][32][2]   pairs, as the bf16 dot product takes them
+//   int8_panels  [panel][k / 4][32][4]   quadruples, as VNNI takes them; then scales and sums
+// k is padded with zeros to a multiple of 1, 2 and 4. There are as many scales and sums as columns,
+// padded to 32.
+enum class weight_layout : int32_t { unpacked, f32_panels, bf16_panels, int8_panels };
+
+// The type of activations. int8: unsigned bytes, with a scale and a zero for each row.
+enum class data_type : int32_t { f32, bf16, int8 };
 
 constexpr int panel_width = 32;
-constexpr int widest_row  = 8192;  // columns of what is normed or made 8 bits: a row lies on the stack meanwhile
+// The most columns of a row that is normed or quantized: meanwhile the row lies on the stack.
+constexpr int widest_row = 8192;
 
 enum class activation : int32_t { none, gelu, gelu_erf, gelu_quick, silu, relu, tanh, sigmoid };
 
-// y = act(x w + bias), for some rows.
+// y = act(x w + bias), for some rows. Outputs that are null are not written.
 struct linear_args {
-    const void *  w;
-    packing       kind;
-    const float * w_scale;  // int8: of each column
-    const float * w_sum;    // int8: the sum of each column, times its scale
-    int           k, m;     // columns of x, columns of y
-    const void *  x;        // f32, bf16 or uint8 rows, as `x_kind`
-    packing       x_kind;
-    size_t        ldx;      // elements between rows of x
-    const float * x_scale;  // int8: of each row a scale, and what stands for zero
+    const void * w;
+    weight_layout layout;   // of w
+    const float * w_scale;  // int8_panels: the scale of each column
+    const float * w_sum;    // int8_panels: the sum of each column, times its scale
+    int k, m;               // columns of x, columns of y
+    const void * x;         // rows of `x_type`
+    data_type x_type;
+    size_t ldx;             // elements from a row of x to the next
+    const float * x_scale;  // int8: the scale and the zero of each row
     const float * bias;     // or null
-    activation    act;
-    float *       y;        // or null; what is null is not written
-    uint16_t *    y_bf16;   // or null
-    size_t        ldy;      // elements between rows of y and of y_bf16
+    activation act;
+    float * y;          // or null
+    uint16_t * y_bf16;  // or null
+    size_t ldy;         // elements from a row to the next, of y and y_bf16
 };
 
-// y = norm(x + residual) * weight + bias, row by row, in any of three types.
+// y = norm(x + residual) * weight + bias, row by row. Outputs that are null are not written.
 struct norm_args {
     const float * x;
-    size_t        ldx;
+    size_t ldx;
     const float * residual;  // or null
-    size_t        ldr;
-    bool          norm, rms;  // else only the sum
-    float         eps;
-    const float * weight;    // or null
-    const float * bias;      // or null
-    int           n;
-    float *       y;         // or null
-    uint16_t *    y_bf16;    // or null
-    uint8_t *     y_int8;    // or null: value / scale + zero
-    float *       y_scale;   // of each row its scale and its zero, with y_int8
-    size_t        ldy;       // of y and y_bf16
-    size_t        ldq;       // of y_int8
+    size_t ldr;
+    bool norm;  // false: without a norm, y is the sum alone
+    bool rms;
+    float eps;
+    const float * weight;  // or null
+    const float * bias;    // or null
+    int n;                 // columns
+    float * y;             // or null
+    uint16_t * y_bf16;     // or null
+    uint8_t * y_int8;      // or null: value / scale + zero
+    float * y_scale;       // with y_int8: the scale and the zero of each row
+    size_t ldy;            // of y and y_bf16
+    size_t ldq;            // of y_int8
 };
 
-// Rows of queries that see no key outside a range.
+// Rows of queries, and the range of keys outside which they see none.
 struct segment {
     int32_t row0, row1;
     int32_t key0, key1;
-    bool    clean;  // no mask value in the range differs from 0
+    bool unmasked;  // all mask values in the range are 0
 };
 
 struct attention_args {
-    const void *     q, * k, * v;
-    packing          kind;              // of all three: f32 or bf16
-    ptrdiff_t        q_row, q_head;     // elements from a token, and from a head, to the next
-    ptrdiff_t        k_row, k_head;
-    ptrdiff_t        v_row, v_head;
-    int              d_k, d_v;
-    int              heads_per_kv;
-    float            scale, softcap, slope;  // slope: what the mask is multiplied by
-    const uint16_t * mask;              // f16
-    ptrdiff_t        mask_row;
-    float *          y;                 // or null
-    uint16_t *       y_bf16;            // or null
-    ptrdiff_t        y_row, y_head;
-    void *           scratch;           // attention_scratch() bytes, 64-byte aligned
+    const void *q, *k, *v;
+    data_type type;           // of all three: f32 or bf16
+    ptrdiff_t q_row, q_head;  // elements from a token to the next, from a head to the next
+    ptrdiff_t k_row, k_head;
+    ptrdiff_t v_row, v_head;
+    int d_k, d_v;  // head sizes
+    int heads_per_kv;
+    float scale, softcap;
+    float slope;            // factor of the mask
+    const uint16_t * mask;  // f16
+    ptrdiff_t mask_row;
+    float * y;          // or null
+    uint16_t * y_bf16;  // or null
+    ptrdiff_t y_row, y_head;
+    void * scratch;  // attention_scratch() bytes, aligned to 64
 };
 
-struct kernel_set {
+struct kernel_table {
     const char * name;
-    bool         bf16;       // computes with bf16 activations, so that data may stay in it
-    int          tile;       // rows that a micro-kernel takes
+    bool bf16;  // multiplies bf16 activations
+    int tile;   // rows per call of a micro-kernel
     void (*linear)(const linear_args &, int row0, int row1);
     void (*norm)(const norm_args &, int row0, int row1);
     size_t (*attention_scratch)(int d_k, int d_v, int n_keys);
     void (*attention)(const attention_args &, const segment &, int head);
     void (*to_bf16)(const float * x, uint16_t * y, int64_t n);
-    void (*to_f32)(const uint16_t * x, float * y, int64_t n);
     void (*add)(const float * a, const float * b, float * y, int64_t n);
     void (*mul)(const float * a, const float * b, float * y, int64_t n);
-    void (*unary)(activation, const float * x, float * y, int64_t n);
-    // y = act(a) * b
-    void (*gate)(activation, const float * a, const float * b, float * y, uint16_t * y_bf16, int64_t n);
+    // y = act(a) * b, or act(a) if b is null
+    void (*gate)(activation, const float * a, const float * b, float * y, uint16_t * y_bf16,
+                 int64_t n);
 };
 
-const kernel_set * set_plain();
-const kernel_set * set_avx2();         // null where the compiler has no such target
-const kernel_set * set_avx512_bf16();
+const kernel_table * generic_kernels();      // for any CPU
+const kernel_table * avx2_kernels();         // null if the compiler has no such target
+const kernel_table * avx512_bf16_kernels();  // likewise
 
-// The best set that this CPU can run, or what LLAMACRAB_KERNELS names, if it can run that.
-const kernel_set & kernels();
+// The fastest table that this CPU can run, or the one that LLAMACRAB_KERNELS names if it can run
+// that one.
+const kernel_table & active_kernels();
 
-}  // namespace llamacrab
+}  // namespace llamacrab::kernels

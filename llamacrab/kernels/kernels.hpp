@@ -1,19 +1,21 @@
-// The kernels as the rest of llamacrab sees them: a ggml backend that is registered once, and that a
-// model uses if it is loaded inside a scope that says so.
+// The interface of the kernels: a ggml backend that is registered once. A model uses it if it is
+// loaded inside a `loading_for` scope that asks for it.
 #pragma once
 
-namespace llamacrab {
+namespace llamacrab::kernels {
 
 enum class cpu_backend : int { ggml, llamacrab, int8 };
 
-// The kernel set in use, such as "avx512_bf16"; null where this build has none.
-const char * kernels_name();
-// Whether the set is faster than ggml's own code, so that a model should use it unasked.
-bool kernels_worthwhile();
-// Make the backend known to ggml. Called once, before any model is loaded.
-void kernels_install();
+// The kernels in use, such as "avx512_bf16"; null if this build has none.
+const char * active_name();
 
-// What models that this thread loads compute with while it lives.
+// Whether they are faster than ggml's, so that a model should use them by default.
+bool preferred_over_ggml();
+
+// Register the backend with ggml. Call it once, before any model is loaded.
+void install();
+
+// While it lives, this thread loads models for the given backend.
 class loading_for {
     const int before;
 
@@ -24,4 +26,4 @@ class loading_for {
     loading_for & operator=(const loading_for &) = delete;
 };
 
-}  // namespace llamacrab
+}  // namespace llamacrab::kernels

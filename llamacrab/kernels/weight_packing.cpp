@@ -7,52 +7,58 @@
 #include <string>
 #include <vector>
 
-namespace llamacrab {
+namespace llamacrab::kernels {
 
 static size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
-static size_t panels(const ggml_tensor * w) { return round_up(w->ne[1], panel_width) / panel_width; }
-
-// Which matrices may be 8 bits: those of feed-forward networks, two thirds of a layer's work. What rounding
-// does to queries, keys and values is multiplied by attention, and costs more than it saves.
-static bool bears_int8(const ggml_tensor * w) {
-    return std::strstr(w->name, "ffn") && w->ne[0] % 4 == 0 && w->ne[0] >= 64 && w->ne[0] <= widest_row &&
-           w->ne[1] >= 64;
+static size_t panels(const ggml_tensor * w) {
+    return round_up(w->ne[1], panel_width) / panel_width;
 }
 
-packing packing_of(const ggml_tensor * w, bool int8) {
+// Only matrices of feed-forward networks, two thirds of a layer's work, may be 8 bits. Attention
+// multiplies the rounding errors of queries, keys and values, which costs more than it saves.
+static bool can_be_int8(const ggml_tensor * w) {
+    return std::strstr(w->name, "ffn") && w->ne[0] % 4 == 0 && w->ne[0] >= 64 &&
+           w->ne[0] <= widest_row && w->ne[1] >= 64;
+}
+
+weight_layout choose_layout(const ggml_tensor * w, bool allow_int8) {
     if (w->ne[1] < 2 || w->ne[2] != 1 || w->ne[3] != 1 || !ggml_is_contiguous(w)) {
-        return packing::raw;
+        return weight_layout::unpacked;
     }
     switch (w->type) {
-        case GGML_TYPE_F32: return int8 && bears_int8(w) ? packing::int8 : packing::f32;
+        case GGML_TYPE_F32:
+            return allow_int8 && can_be_int8(w) ? weight_layout::int8_panels
+                                                : weight_layout::f32_panels;
         case GGML_TYPE_F16:
         case GGML_TYPE_BF16:
         case GGML_TYPE_Q8_0:
-            if (int8 && bears_int8(w)) {
-                return packing::int8;
+            if (allow_int8 && can_be_int8(w)) {
+                return weight_layout::int8_panels;
             }
-            return w->ne[0] % 2 == 0 ? packing::bf16 : packing::raw;  // pairs
-        default: return packing::raw;
+            return w->ne[0] % 2 == 0 ? weight_layout::bf16_panels
+                                     : weight_layout::unpacked;  // pairs
+        default: return weight_layout::unpacked;
     }
 }
 
-static size_t matrix_bytes(const ggml_tensor * w, packing kind) {
-    switch (kind) {
-        case packing::f32: return panels(w) * panel_width * w->ne[0] * 4;
-        case packing::bf16: return panels(w) * panel_width * round_up(w->ne[0], 2) * 2;
-        case packing::int8: return panels(w) * panel_width * round_up(w->ne[0], 4);
+static size_t matrix_bytes(const ggml_tensor * w, weight_layout layout) {
+    switch (layout) {
+        case weight_layout::f32_panels: return panels(w) * panel_width * w->ne[0] * 4;
+        case weight_layout::bf16_panels: return panels(w) * panel_width * round_up(w->ne[0], 2) * 2;
+        case weight_layout::int8_panels: return panels(w) * panel_width * round_up(w->ne[0], 4);
         default: return ggml_nbytes(w);
     }
 }
 
-size_t packed_bytes(const ggml_tensor * w, packing kind) {
-    const size_t columns = kind == packing::int8 ? 2 * panels(w) * panel_width * sizeof(float) : 0;
-    return matrix_bytes(w, kind) + columns;
+size_t packed_bytes(const ggml_tensor * w, weight_layout layout) {
+    const size_t columns =
+        layout == weight_layout::int8_panels ? 2 * panels(w) * panel_width * sizeof(float) : 0;
+    return matrix_bytes(w, layout) + columns;
 }
 
 const float * int8_scales(const ggml_tensor * w, const void * data) {
-    return (const float *) ((const char *) data + matrix_bytes(w, packing::int8));
+    return (const float *) ((const char *) data + matrix_bytes(w, weight_layout::int8_panels));
 }
 
 const float * int8_sums(const ggml_tensor * w, const void * data) {
@@ -68,53 +74,55 @@ static void to_floats(const ggml_tensor * w, const char * row, float * out) {
 }
 
 static void pack_int8(const ggml_tensor * w, const float * row, int64_t column, void * to) {
-    const int64_t k    = w->ne[0];
-    const size_t  high = round_up(k, 4);
-    float         top  = 0;
+    const int64_t k = w->ne[0];
+    const size_t padded_k = round_up(k, 4);
+    float max = 0;
     for (int64_t i = 0; i < k; i++) {
         const float v = std::fabs(row[i]);
         if (!std::isfinite(v)) {
             throw std::runtime_error(std::string("a weight of ") + w->name + " is not finite");
         }
-        top = std::max(top, v);
+        max = std::max(max, v);
     }
-    const float times = top > 0 ? 127 / top : 0, scale = top / 127;
-    int8_t *    panel = (int8_t *) to + column / panel_width * panel_width * high + column % panel_width * 4;
-    int64_t     total = 0;
+    const float inverse_scale = max > 0 ? 127 / max : 0, scale = max / 127;
+    int8_t * panel =
+        (int8_t *) to + column / panel_width * panel_width * padded_k + column % panel_width * 4;
+    int64_t sum = 0;
     for (int64_t i = 0; i < k; i++) {
-        const int q = (int) std::lrint(row[i] * times);
-        total += q;
+        const int q = (int) std::lrint(row[i] * inverse_scale);
+        sum += q;
         panel[i / 4 * 4 * panel_width + i % 4] = (int8_t) q;
     }
     const_cast<float *>(int8_scales(w, to))[column] = scale;
-    const_cast<float *>(int8_sums(w, to))[column]   = scale * total;
+    const_cast<float *>(int8_sums(w, to))[column] = scale * sum;
 }
 
-void pack_rows(const ggml_tensor * w, packing kind, const void * from, int64_t row0, int64_t row1, void * to) {
-    const int64_t      k    = w->ne[0];
-    const size_t       row_bytes = ggml_row_size(w->type, k);
+void pack_rows(const ggml_tensor * w, weight_layout layout, const void * from, int64_t row0,
+               int64_t row1, void * to) {
+    const int64_t k = w->ne[0];
+    const size_t row_bytes = ggml_row_size(w->type, k);
     std::vector<float> row(k);
     if (row0 == 0) {
-        std::memset(to, 0, packed_bytes(w, kind));  // what pads k and the last panel
+        std::memset(to, 0, packed_bytes(w, layout));  // the padding of k and of the last panel
     }
     for (int64_t m = row0; m < row1; m++) {
         const char * source = (const char *) from + (m - row0) * row_bytes;
         const size_t panel = m / panel_width, place = m % panel_width;
-        if (kind == packing::bf16 && w->type == GGML_TYPE_BF16) {
+        if (layout == weight_layout::bf16_panels && w->type == GGML_TYPE_BF16) {
             const auto * bits = (const uint16_t *) source;
-            uint16_t *   out  = (uint16_t *) to + panel * panel_width * round_up(k, 2) + place * 2;
+            uint16_t * out = (uint16_t *) to + panel * panel_width * round_up(k, 2) + place * 2;
             for (int64_t i = 0; i < k; i++) {
                 out[i / 2 * 2 * panel_width + i % 2] = bits[i];
             }
             continue;
         }
         to_floats(w, source, row.data());
-        if (kind == packing::f32) {
+        if (layout == weight_layout::f32_panels) {
             float * out = (float *) to + panel * panel_width * k + place;
             for (int64_t i = 0; i < k; i++) {
                 out[i * panel_width] = row[i];
             }
-        } else if (kind == packing::bf16) {
+        } else if (layout == weight_layout::bf16_panels) {
             uint16_t * out = (uint16_t *) to + panel * panel_width * round_up(k, 2) + place * 2;
             for (int64_t i = 0; i < k; i++) {
                 out[i / 2 * 2 * panel_width + i % 2] = ggml_fp32_to_bf16(row[i]).bits;
@@ -125,21 +133,24 @@ void pack_rows(const ggml_tensor * w, packing kind, const void * from, int64_t r
     }
 }
 
-void unpack_rows(const ggml_tensor * w, packing kind, const void * from, int64_t row0, int64_t row1, void * to) {
-    const int64_t      k         = w->ne[0];
-    const size_t       row_bytes = ggml_row_size(w->type, k);
+void unpack_rows(const ggml_tensor * w, weight_layout layout, const void * from, int64_t row0,
+                 int64_t row1, void * to) {
+    const int64_t k = w->ne[0];
+    const size_t row_bytes = ggml_row_size(w->type, k);
     std::vector<float> row(k);
     for (int64_t m = row0; m < row1; m++) {
         const size_t panel = m / panel_width, place = m % panel_width;
         for (int64_t i = 0; i < k; i++) {
-            if (kind == packing::f32) {
+            if (layout == weight_layout::f32_panels) {
                 row[i] = ((const float *) from)[panel * panel_width * k + i * panel_width + place];
-            } else if (kind == packing::bf16) {
-                const size_t at = panel * panel_width * round_up(k, 2) + i / 2 * 2 * panel_width + place * 2 + i % 2;
-                row[i]          = ggml_bf16_to_fp32({ ((const uint16_t *) from)[at] });
+            } else if (layout == weight_layout::bf16_panels) {
+                const size_t at = panel * panel_width * round_up(k, 2) + i / 2 * 2 * panel_width +
+                                  place * 2 + i % 2;
+                row[i] = ggml_bf16_to_fp32({((const uint16_t *) from)[at]});
             } else {
-                const size_t at = panel * panel_width * round_up(k, 4) + i / 4 * 4 * panel_width + place * 4 + i % 4;
-                row[i]          = ((const int8_t *) from)[at] * int8_scales(w, from)[m];
+                const size_t at = panel * panel_width * round_up(k, 4) + i / 4 * 4 * panel_width +
+                                  place * 4 + i % 4;
+                row[i] = ((const int8_t *) from)[at] * int8_scales(w, from)[m];
             }
         }
         char * out = (char *) to + (m - row0) * row_bytes;
@@ -151,4 +162,4 @@ void unpack_rows(const ggml_tensor * w, packing kind, const void * from, int64_t
     }
 }
 
-}  // namespace llamacrab
+}  // namespace llamacrab::kernels

@@ -10,7 +10,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "../kernels/kernels.hpp"
 #include "llama.h"
 
 namespace llamacrab {
@@ -37,12 +36,6 @@ class throwing_asserts {
     throwing_asserts() { asserts_throw() = true; }
     ~throwing_asserts() { asserts_throw() = before; }
 };
-
-inline llama_model * load_model(const char * path, llama_model_params params, cpu_backend backend) {
-    const throwing_asserts scope;
-    const loading_for      kernels(backend);
-    return llama_model_load_from_file(path, params);
-}
 
 inline llama_context * make_context(llama_model * model, llama_context_params params) {
     const throwing_asserts scope;

@@ -1,6 +1,7 @@
 #include "thread_pool.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <system_error>
 
 namespace llamacrab {
@@ -9,53 +10,73 @@ thread_pool::~thread_pool() {
     {
         std::lock_guard<std::mutex> hold(mutex);
         stopping = true;
-        wanted.notify_all();
     }
+    wanted.notify_all();
     for (std::thread & helper : helpers) {
         helper.join();
     }
 }
 
-void thread_pool::run(size_t n_wanted, const std::function<void()> & work) {
-    errand mine{work};
-    {
+void thread_pool::run(size_t n_threads, const std::function<void(int)> & work) {
+    task mine{work};
+    size_t n_wanted = 0;
+    if (n_threads > 1) {
         std::lock_guard<std::mutex> hold(mutex);
-        start();
-        errands.insert(errands.end(), std::min(n_wanted, helpers.size()), &mine);
-        wanted.notify_all();
+        start(n_threads - 1);
+        n_wanted = std::min(n_threads - 1, helpers.size());
+        tasks.insert(tasks.end(), n_wanted, &mine);
     }
-    work();
-    // Nobody waits for a helper that has not come: all is done by now.
+    // After the lock is released: a helper that wakes up takes it at once.
+    for (size_t i = 0; i < n_wanted; i++) {
+        wanted.notify_one();
+    }
+    work(0);
+    if (n_wanted == 0) {
+        return;
+    }
+    // The work is done: a helper that has not begun is no longer wanted.
     std::unique_lock<std::mutex> hold(mutex);
-    errands.erase(std::remove(errands.begin(), errands.end(), &mine), errands.end());
+    tasks.erase(std::remove(tasks.begin(), tasks.end(), &mine), tasks.end());
     returned.wait(hold, [&] { return mine.n_running == 0; });
 }
 
-void thread_pool::start() {
+void thread_pool::parallel_for(int n_items, int n_threads,
+                               const std::function<void(int, int)> & work) {
+    std::atomic<int> next{0};
+    run((size_t) std::max(1, std::min(n_threads, n_items)), [&](int thread) {
+        for (int i = next.fetch_add(1); i < n_items; i = next.fetch_add(1)) {
+            work(i, thread);
+        }
+    });
+}
+
+void thread_pool::start(size_t n_helpers) {
     try {
-        while (helpers.size() < n_helpers) {
+        while (helpers.size() < std::min(n_helpers, max_helpers)) {
             helpers.emplace_back([this] { help(); });
         }
     } catch (const std::system_error &) {
-        // The system gives no more threads: fewer will do.
+        // The system has no more threads: fewer will do.
     }
 }
 
 void thread_pool::help() {
     std::unique_lock<std::mutex> hold(mutex);
     for (;;) {
-        wanted.wait(hold, [&] { return stopping || !errands.empty(); });
+        wanted.wait(hold, [&] { return stopping || !tasks.empty(); });
         if (stopping) {
             return;
         }
-        errand & theirs = *errands.front();
-        errands.pop_front();
-        theirs.n_running += 1;
+        task & mine = *tasks.front();
+        tasks.pop_front();
+        const int thread = ++mine.n_joined;
+        mine.n_running += 1;
         hold.unlock();
-        theirs.work();
+        mine.work(thread);
         hold.lock();
-        theirs.n_running -= 1;
-        returned.notify_all();
+        if (--mine.n_running == 0) {
+            returned.notify_all();
+        }
     }
 }
 

@@ -322,7 +322,7 @@ tokenized tokenize_texts(const tokenization & rules, const std::vector<source> &
     std::vector<tokenized>            parts(n_parts);
     std::vector<std::exception_ptr> thrown(n_parts);
     std::atomic<size_t>             next{0}, n_tokens{0};
-    const auto                      work = [&] {
+    const auto                      work = [&](int) {
         while (n_tokens < budget) {
             const size_t k = next++;
             if (k >= n_parts) {
@@ -336,11 +336,7 @@ tokenized tokenize_texts(const tokenization & rules, const std::vector<source> &
             n_tokens += thrown[k] || parts[k].status != tokenize_status::ok ? budget : parts[k].tokens.size();
         }
     };
-    if (n_parts > 1) {
-        helpers.run(n_parts - 1, work);
-    } else {
-        work();
-    }
+    helpers.run(n_parts, work);
 
     tokenized out;
     for (size_t k = 0; k < n_parts && out.status == tokenize_status::ok; ++k) {

@@ -1,5 +1,5 @@
-// The kernels' arithmetic against plain loops in double precision, for CPUs that the tests do not run on:
-// kernels_elsewhere.sh compiles this for another CPU and runs it under an emulator.
+// The kernels' arithmetic against plain loops in double precision, for CPUs that the tests do not
+// run on: kernels_elsewhere.sh compiles this for another CPU and runs it under an emulator.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -8,13 +8,13 @@
 
 #include "../../llamacrab/kernels/kernel_table.hpp"
 
-using namespace llamacrab;
+using namespace llamacrab::kernels;
 
 static std::mt19937 random_bits(1);
 
 static std::vector<float> numbers(size_t n, float scale) {
     std::normal_distribution<float> normal(0, scale);
-    std::vector<float>              values(n);
+    std::vector<float> values(n);
     for (float & value : values) {
         value = normal(random_bits);
     }
@@ -22,7 +22,8 @@ static std::vector<float> numbers(size_t n, float scale) {
 }
 
 // The squared error as a share of the squared values, which must be less than `most`.
-static int differ(const char * what, const std::vector<float> & found, const std::vector<double> & wanted, double most) {
+static int differ(const char * what, const std::vector<float> & found,
+                  const std::vector<double> & wanted, double most) {
     double off = 0, all = 0;
     for (size_t i = 0; i < wanted.size(); i++) {
         off += (found[i] - wanted[i]) * (found[i] - wanted[i]);
@@ -39,10 +40,11 @@ static uint16_t to_bf16(float x) {
     return (uint16_t) ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-static int check_linear(const kernel_set & set, int rows, int k, int m, packing kind) {
-    const auto x = numbers((size_t) rows * k, 1), w = numbers((size_t) m * k, 0.1f), bias = numbers(m, 1);
-    const int  panels = (m + panel_width - 1) / panel_width;
-    std::vector<float>    packed((size_t) panels * panel_width * k);
+static int check_linear(const kernel_table & set, int rows, int k, int m, weight_layout layout) {
+    const auto x = numbers((size_t) rows * k, 1), w = numbers((size_t) m * k, 0.1f),
+               bias = numbers(m, 1);
+    const int panels = (m + panel_width - 1) / panel_width;
+    std::vector<float> packed((size_t) panels * panel_width * k);
     std::vector<uint16_t> pairs((size_t) panels * panel_width * (k + k % 2));
     for (int column = 0; column < m; column++) {
         const size_t panel = column / panel_width, place = column % panel_width;
@@ -53,17 +55,17 @@ static int check_linear(const kernel_set & set, int rows, int k, int m, packing 
         }
     }
     std::vector<float> y((size_t) rows * m);
-    linear_args        a{};
-    a.kind = kind;
-    a.w    = kind == packing::f32 ? (const void *) packed.data() : pairs.data();
-    a.k    = k;
-    a.m    = m;
-    a.x    = x.data();
-    a.ldx  = k;
+    linear_args a{};
+    a.layout = layout;
+    a.w = layout == weight_layout::f32_panels ? (const void *) packed.data() : pairs.data();
+    a.k = k;
+    a.m = m;
+    a.x = x.data();
+    a.ldx = k;
     a.bias = bias.data();
-    a.act  = activation::gelu;
-    a.y    = y.data();
-    a.ldy  = m;
+    a.act = activation::gelu;
+    a.y = y.data();
+    a.ldy = m;
     set.linear(a, 0, rows);
     std::vector<double> wanted;
     for (int row = 0; row < rows; row++) {
@@ -72,25 +74,27 @@ static int check_linear(const kernel_set & set, int rows, int k, int m, packing 
             for (int i = 0; i < k; i++) {
                 sum += (double) x[(size_t) row * k + i] * w[(size_t) column * k + i];
             }
-            wanted.push_back(0.5 * sum * (1 + std::tanh(0.7978845608 * (sum + 0.044715 * sum * sum * sum))));
+            wanted.push_back(0.5 * sum *
+                             (1 + std::tanh(0.7978845608 * (sum + 0.044715 * sum * sum * sum))));
         }
     }
-    return differ(kind == packing::f32 ? "product, f32" : "product, bf16 weights", y, wanted,
-                  kind == packing::f32 ? 1e-11 : 2e-5);
+    return differ(layout == weight_layout::f32_panels ? "product, f32" : "product, bf16 weights", y,
+                  wanted, layout == weight_layout::f32_panels ? 1e-11 : 2e-5);
 }
 
-static int check_norm(const kernel_set & set, int rows, int n) {
-    const auto         x = numbers((size_t) rows * n, 1), r = numbers((size_t) rows * n, 1), w = numbers(n, 1), b = numbers(n, 1);
+static int check_norm(const kernel_table & set, int rows, int n) {
+    const auto x = numbers((size_t) rows * n, 1), r = numbers((size_t) rows * n, 1),
+               w = numbers(n, 1), b = numbers(n, 1);
     std::vector<float> y((size_t) rows * n);
-    norm_args          a{};
-    a.x        = x.data();
+    norm_args a{};
+    a.x = x.data();
     a.residual = r.data();
-    a.weight   = w.data();
-    a.bias     = b.data();
-    a.norm     = true;
-    a.eps      = 1e-5f;
-    a.n        = n;
-    a.y        = y.data();
+    a.weight = w.data();
+    a.bias = b.data();
+    a.norm = true;
+    a.eps = 1e-5f;
+    a.n = n;
+    a.y = y.data();
     a.ldx = a.ldr = a.ldy = n;
     set.norm(a, 0, rows);
     std::vector<double> wanted;
@@ -104,36 +108,39 @@ static int check_norm(const kernel_set & set, int rows, int n) {
             variance += std::pow((double) x[row * n + i] + r[row * n + i] - mean, 2);
         }
         for (int i = 0; i < n; i++) {
-            wanted.push_back(((double) x[row * n + i] + r[row * n + i] - mean) / std::sqrt(variance / n + 1e-5) * w[i] + b[i]);
+            wanted.push_back(((double) x[row * n + i] + r[row * n + i] - mean) /
+                                 std::sqrt(variance / n + 1e-5) * w[i] +
+                             b[i]);
         }
     }
     return differ("norm", y, wanted, 1e-11);
 }
 
-static int check_attention(const kernel_set & set, int tokens, int d) {
-    const auto         q = numbers((size_t) tokens * d, 1), k = numbers((size_t) tokens * d, 1), v = numbers((size_t) tokens * d, 1);
+static int check_attention(const kernel_table & set, int tokens, int d) {
+    const auto q = numbers((size_t) tokens * d, 1), k = numbers((size_t) tokens * d, 1),
+               v = numbers((size_t) tokens * d, 1);
     std::vector<float> y((size_t) tokens * d);
-    std::vector<char>  scratch(set.attention_scratch(d, d, tokens) + 64);
-    attention_args     a{};
-    a.q     = q.data();
-    a.k     = k.data();
-    a.v     = v.data();
-    a.kind  = packing::f32;
+    std::vector<char> scratch(set.attention_scratch(d, d, tokens) + 64);
+    attention_args a{};
+    a.q = q.data();
+    a.k = k.data();
+    a.v = v.data();
+    a.type = data_type::f32;
     a.q_row = a.k_row = a.v_row = a.y_row = d;
-    a.d_k = a.d_v  = d;
+    a.d_k = a.d_v = d;
     a.heads_per_kv = 1;
-    a.scale        = 1 / std::sqrt((float) d);
-    a.slope        = 1;
-    a.y            = y.data();
-    a.scratch      = (void *) (((uintptr_t) scratch.data() + 63) / 64 * 64);
+    a.scale = 1 / std::sqrt((float) d);
+    a.slope = 1;
+    a.y = y.data();
+    a.scratch = (void *) (((uintptr_t) scratch.data() + 63) / 64 * 64);
     // Two texts: none sees the other.
     const int cut = tokens / 3;
-    set.attention(a, { 0, cut, 0, cut, true }, 0);
-    set.attention(a, { cut, tokens, cut, tokens, true }, 0);
+    set.attention(a, {0, cut, 0, cut, true}, 0);
+    set.attention(a, {cut, tokens, cut, tokens, true}, 0);
     std::vector<double> wanted((size_t) tokens * d);
     for (int row = 0; row < tokens; row++) {
         const int first = row < cut ? 0 : cut, last = row < cut ? cut : tokens;
-        double    total = 0;
+        double total = 0;
         for (int key = first; key < last; key++) {
             double score = 0;
             for (int i = 0; i < d; i++) {
@@ -153,17 +160,18 @@ static int check_attention(const kernel_set & set, int tokens, int d) {
 }
 
 int main() {
-    const kernel_set & set   = *set_plain();
-    int                wrong = 0;
-    for (int rows : { 1, 3, 4, 17 }) {
-        for (int m : { 5, 32, 70 }) {
-            wrong += check_linear(set, rows, 64, m, packing::f32) + check_linear(set, rows, 64, m, packing::bf16);
+    const kernel_table & set = *generic_kernels();
+    int wrong = 0;
+    for (int rows : {1, 3, 4, 17}) {
+        for (int m : {5, 32, 70}) {
+            wrong += check_linear(set, rows, 64, m, weight_layout::f32_panels) +
+                     check_linear(set, rows, 64, m, weight_layout::bf16_panels);
         }
     }
-    for (int n : { 3, 64, 101 }) {
+    for (int n : {3, 64, 101}) {
         wrong += check_norm(set, 5, n);
     }
-    for (int tokens : { 3, 9, 50, 100 }) {
+    for (int tokens : {3, 9, 50, 100}) {
         wrong += check_attention(set, tokens, 32) + check_attention(set, tokens, 48);
     }
     return wrong ? 1 : 0;

@@ -6,7 +6,7 @@ Under ThreadSanitizer llama.cpp is instrumented as well: it must see both sides 
 AddressSanitizer only our own code is, which makes the build short; what llama.cpp allocates is
 watched all the same where we touch it.
 
-With ``--kernels`` it runs `test_kernels.py` instead, for each set of kernels that this CPU can run.
+With ``--kernels`` it runs `test_kernels.py` instead, for all kernels that this CPU can run.
 
 Needs a compiler with its sanitizers, and what a build needs. ThreadSanitizer also wants a fixed
 layout of memory, so the process is started through `setarch -R`.
@@ -84,7 +84,7 @@ def kernels() -> Iterator[tuple[str, dict[str, str], list[str]]]:
     """Yield the same for the tests of the kernels."""
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests/test_kernels.py")]
     tiny = ["-k", "not minilm and not threads_of and not two_backends and not longer_than"]
-    for name, some in (("plain", tiny), ("avx2", tiny), ("avx512_bf16", [])):
+    for name, some in (("generic", tiny), ("avx2", tiny), ("avx512_bf16", [])):
         yield f"kernels {name}", {"LLAMACRAB_KERNELS": name}, command + some
 
 

@@ -1,23 +1,26 @@
-// Attention of the queries of a segment over the keys they see, for one head: the scores are a product
-// with packed keys, the result one with packed values, both by the micro-kernels of gemm.hpp.
+// Attention of the queries of a segment over the keys they see, for one head. The scores are a
+// product with packed keys, the result is a product with packed values: both use the micro-kernels
+// of gemm.hpp.
 #pragma once
 
 #include "gemm.hpp"
 
 namespace {
 
-using llamacrab::attention_args;
-using llamacrab::segment;
+using llamacrab::kernels::attention_args;
+using llamacrab::kernels::data_type;
+using llamacrab::kernels::segment;
 
 // Keys are padded to whole panels for the scores, and to pairs for the result.
-LC_INLINE int even(int n) { return (n + 1) / 2 * 2; }
-LC_INLINE int padded(int n) { return (n + panel_width - 1) / panel_width * panel_width; }
-LC_INLINE size_t lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
+LC_INLINE int round_to_pair(int n) { return (n + 1) / 2 * 2; }
+LC_INLINE int round_to_panel(int n) { return (n + panel_width - 1) / panel_width * panel_width; }
+LC_INLINE size_t round_to_line(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 static size_t attention_scratch(int d_k, int d_v, int n_keys) {
-    const size_t keys = padded(n_keys);
-    return lines(keys * (d_k + 1) * 4) + lines(keys * padded(d_v) * 4) + lines(tile * (keys + panel_width) * 4) * 2 +
-           lines(tile * panel_width * 4) + 64 * 16;
+    const size_t keys = round_to_panel(n_keys);
+    return round_to_line(keys * (d_k + 1) * 4) + round_to_line(keys * round_to_panel(d_v) * 4) +
+           round_to_line(tile * (keys + panel_width) * 4) * 2 +
+           round_to_line(tile * panel_width * 4) + 64 * 16;
 }
 
 LC_INLINE vf load_f16(const uint16_t * p) {
@@ -40,28 +43,28 @@ LC_INLINE void transpose16(__m512i r[16]) {
     __m512i t[16];
 #pragma GCC unroll 8
     for (int i = 0; i < 8; i++) {
-        t[2 * i]     = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
         t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
-        r[4 * i]     = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
         r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
         r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
         r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
-        t[i]      = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-        t[i + 4]  = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-        t[i + 8]  = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
         t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
-        r[i]      = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-        r[i + 8]  = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-        r[i + 4]  = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
         r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
     }
 }
@@ -69,24 +72,27 @@ LC_INLINE void transpose16(__m512i r[16]) {
 struct bf16_data {
     typedef uint16_t type;
 
-    static inline __attribute__((always_inline)) void pack_keys(const attention_args & a, const uint16_t * k, int n,
+    static inline __attribute__((always_inline)) void pack_keys(const attention_args & a,
+                                                                const uint16_t * k, int n,
                                                                 uint16_t * out) {
         const int pairs = a.d_k / 2;
-        for (int key = 0; key < padded(n); key += 16) {
-            uint16_t * panel = out + (size_t) (key / panel_width) * pairs * panel_width * 2 + key % panel_width * 2;
+        for (int key = 0; key < round_to_panel(n); key += 16) {
+            uint16_t * panel = out + (size_t) (key / panel_width) * pairs * panel_width * 2 +
+                               key % panel_width * 2;
             for (int pair = 0; pair < pairs; pair += 16) {
-                const int       some = pairs - pair < 16 ? pairs - pair : 16;
-                const __mmask16 mask = (__mmask16) ((1u << some) - 1);
-                __m512i         r[16];
+                const int count = pairs - pair < 16 ? pairs - pair : 16;
+                const __mmask16 mask = (__mmask16) ((1u << count) - 1);
+                __m512i r[16];
 #pragma GCC unroll 16
                 for (int i = 0; i < 16; i++) {
-                    r[i] = key + i < n ? _mm512_maskz_loadu_epi32(mask, k + (key + i) * a.k_row + pair * 2)
-                                       : _mm512_setzero_si512();
+                    r[i] = key + i < n
+                               ? _mm512_maskz_loadu_epi32(mask, k + (key + i) * a.k_row + pair * 2)
+                               : _mm512_setzero_si512();
                 }
                 transpose16(r);
 #pragma GCC unroll 16
                 for (int i = 0; i < 16; i++) {
-                    if (i < some) {
+                    if (i < count) {
                         _mm512_storeu_si512(panel + (size_t) (pair + i) * panel_width * 2, r[i]);
                     }
                 }
@@ -94,20 +100,24 @@ struct bf16_data {
         }
     }
 
-    static inline __attribute__((always_inline)) void pack_values(const attention_args & a, const uint16_t * v, int n,
+    static inline __attribute__((always_inline)) void pack_values(const attention_args & a,
+                                                                  const uint16_t * v, int n,
                                                                   uint16_t * out) {
-        const int keys = even(n);
-        for (int d = 0; d < padded(a.d_v); d += 16) {
-            const int       some  = a.d_v - d < 16 ? (a.d_v - d < 0 ? 0 : a.d_v - d) : 16;
-            const __mmask16 mask  = (__mmask16) ((1u << some) - 1);
-            uint16_t *      panel = out + (size_t) (d / panel_width) * keys * panel_width + d % panel_width * 2;
+        const int keys = round_to_pair(n);
+        for (int d = 0; d < round_to_panel(a.d_v); d += 16) {
+            const int count = a.d_v - d < 16 ? (a.d_v - d < 0 ? 0 : a.d_v - d) : 16;
+            const __mmask16 mask = (__mmask16) ((1u << count) - 1);
+            uint16_t * panel =
+                out + (size_t) (d / panel_width) * keys * panel_width + d % panel_width * 2;
             for (int key = 0; key < keys; key += 2) {
                 __m512i low = _mm512_setzero_si512(), high = low;
                 if (key < n) {
-                    low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, v + key * a.v_row + d));
+                    low = _mm512_cvtepu16_epi32(
+                        _mm256_maskz_loadu_epi16(mask, v + key * a.v_row + d));
                 }
                 if (key + 1 < n) {
-                    high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, v + (key + 1) * a.v_row + d));
+                    high = _mm512_cvtepu16_epi32(
+                        _mm256_maskz_loadu_epi16(mask, v + (key + 1) * a.v_row + d));
                 }
                 _mm512_storeu_si512(panel + (size_t) key * panel_width,
                                     _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
@@ -116,15 +126,17 @@ struct bf16_data {
     }
 
     template <int NT>
-    static inline __attribute__((always_inline)) void product(const uint16_t * w, const uint16_t * x, size_t ldx, int k,
+    static inline __attribute__((always_inline)) void product(const uint16_t * w,
+                                                              const uint16_t * x, size_t ldx, int k,
                                                               float * out, size_t ldo) {
         product_bf16<NT>(w, x, ldx, k, out, ldo);
     }
 
     // Scores of up to 32 keys.
     template <int NT>
-    static inline __attribute__((always_inline)) void scores(const uint16_t * w, const uint16_t * x, size_t ldx, int k,
-                                                             float * out, size_t ldo, int n) {
+    static inline __attribute__((always_inline)) void scores(const uint16_t * w, const uint16_t * x,
+                                                             size_t ldx, int k, float * out,
+                                                             size_t ldo, int n) {
         if (n > 16) {
             product_bf16<NT>(w, x, ldx, k, out, ldo);
         } else {
@@ -132,58 +144,68 @@ struct bf16_data {
         }
     }
 
-    static constexpr exactness exact = exactness::half;
+    static constexpr precision exact = precision::bf16;
 
-    static inline __attribute__((always_inline)) void keep(uint16_t * p, vf v) { store_bf16(p, v); }
+    static inline __attribute__((always_inline)) void store_weights(uint16_t * p, vf v) {
+        store_bf16(p, v);
+    }
 };
 #endif
 
 struct f32_data {
     typedef float type;
 
-    static inline __attribute__((always_inline)) void pack_keys(const attention_args & a, const float * k, int n,
+    static inline __attribute__((always_inline)) void pack_keys(const attention_args & a,
+                                                                const float * k, int n,
                                                                 float * out) {
-        for (int key = 0; key < padded(n); key++) {
-            float * panel = out + (size_t) (key / panel_width) * a.d_k * panel_width + key % panel_width;
+        for (int key = 0; key < round_to_panel(n); key++) {
+            float * panel =
+                out + (size_t) (key / panel_width) * a.d_k * panel_width + key % panel_width;
             for (int d = 0; d < a.d_k; d++) {
                 panel[(size_t) d * panel_width] = key < n ? k[key * a.k_row + d] : 0.f;
             }
         }
     }
 
-    static inline __attribute__((always_inline)) void pack_values(const attention_args & a, const float * v, int n,
+    static inline __attribute__((always_inline)) void pack_values(const attention_args & a,
+                                                                  const float * v, int n,
                                                                   float * out) {
-        const int keys = even(n);
-        std::memset(out, 0, (size_t) padded(a.d_v) * keys * sizeof(float));
+        const int keys = round_to_pair(n);
+        std::memset(out, 0, (size_t) round_to_panel(a.d_v) * keys * sizeof(float));
         for (int d = 0; d < a.d_v; d += panel_width) {
-            const int some = a.d_v - d < panel_width ? a.d_v - d : panel_width;
+            const int count = a.d_v - d < panel_width ? a.d_v - d : panel_width;
             for (int key = 0; key < n; key++) {
-                std::memcpy(out + (size_t) d * keys + (size_t) key * panel_width, v + key * a.v_row + d,
-                            some * sizeof(float));
+                std::memcpy(out + (size_t) d * keys + (size_t) key * panel_width,
+                            v + key * a.v_row + d, count * sizeof(float));
             }
         }
     }
 
     template <int NT>
-    static inline __attribute__((always_inline)) void product(const float * w, const float * x, size_t ldx, int k,
-                                                              float * out, size_t ldo) {
+    static inline __attribute__((always_inline)) void product(const float * w, const float * x,
+                                                              size_t ldx, int k, float * out,
+                                                              size_t ldo) {
         product_f32<NT>(w, x, ldx, k, out, ldo);
     }
 
     template <int NT>
-    static inline __attribute__((always_inline)) void scores(const float * w, const float * x, size_t ldx, int k,
-                                                             float * out, size_t ldo, int) {
+    static inline __attribute__((always_inline)) void scores(const float * w, const float * x,
+                                                             size_t ldx, int k, float * out,
+                                                             size_t ldo, int) {
         product_f32<NT>(w, x, ldx, k, out, ldo);
     }
 
-    static constexpr exactness exact = exactness::full;
+    static constexpr precision exact = precision::f32;
 
-    static inline __attribute__((always_inline)) void keep(float * p, vf v) { store(p, v); }
+    static inline __attribute__((always_inline)) void store_weights(float * p, vf v) {
+        store(p, v);
+    }
 };
 
-// Scores of one row over keys [key, key + n) as softmax wants them, in units of log2, where that is more
-// than a factor; and minus infinity for the keys that pad the last vector.
-LC_INLINE void adjust(const attention_args & a, const segment & s, int row, int key, int n, float * scores) {
+// Apply the scale, the soft cap and the mask to the scores of a row with keys [key, key + n). The
+// results are in units of log2.
+LC_INLINE void apply_mask(const attention_args & a, const segment & s, int row, int key, int n,
+                          float * scores) {
     float scale = a.scale;
     if (a.softcap != 0) {
         for (int i = 0; i < n; i += width) {
@@ -192,160 +214,190 @@ LC_INLINE void adjust(const attention_args & a, const segment & s, int row, int 
         scale = 1;
     }
     const uint16_t * mask = a.mask + row * a.mask_row + s.key0 + key;
-    int              i    = 0;
+    int i = 0;
     for (; i + width <= n; i += width) {
-        const vf bias = s.clean ? vf{} : load_f16(mask + i) * a.slope;
+        const vf bias = s.unmasked ? vf{} : load_f16(mask + i) * a.slope;
         store(scores + i, (load(scores + i) * scale + bias) * log2e);
     }
     for (; i < n; i++) {
-        const float bias = s.clean ? 0.f : from_f16(mask[i]) * a.slope;
-        scores[i]        = (scores[i] * scale + bias) * log2e;
+        const float bias = s.unmasked ? 0.f : from_f16(mask[i]) * a.slope;
+        scores[i] = (scores[i] * scale + bias) * log2e;
     }
 }
 
-LC_INLINE void close_padding(float * scores, int n) {
+// The keys that pad the last vector get no weight.
+LC_INLINE void mask_padding(float * scores, int n) {
     for (; n % width; n++) {
         scores[n] = -__builtin_inff();
     }
 }
 
-// Softmax of one row by itself, from its scores on. Returns 1 / the sum of its weights.
+// Scores and softmax of a single row. Returns 1 / the sum of its weights.
 template <class data>
-LC_INLINE float soften_row(const attention_args & a, const segment & s, int row, const typename data::type * q,
-                           const typename data::type * keys, float * scores, typename data::type * out) {
-    const int  n      = s.key1 - s.key0;
-    const bool simple = s.clean && a.softcap == 0;
+LC_INLINE float softmax_row(const attention_args & a, const segment & s, int row,
+                            const typename data::type * q, const typename data::type * keys,
+                            float * scores, typename data::type * out) {
+    const int n = s.key1 - s.key0;
+    const bool scale_only = s.unmasked && a.softcap == 0;
     for (int i = 0; i < n; i += panel_width) {
-        data::template scores<1>(keys + (size_t) i * a.d_k, q, a.q_row, a.d_k, scores + i, panel_width, n - i);
+        data::template scores<1>(keys + (size_t) i * a.d_k, q, a.q_row, a.d_k, scores + i,
+                                 panel_width, n - i);
     }
-    if (!simple) {
-        adjust(a, s, row, 0, n, scores);
+    if (!scale_only) {
+        apply_mask(a, s, row, 0, n, scores);
     }
-    close_padding(scores, n);
-    vf most = splat(-__builtin_inff());
+    mask_padding(scores, n);
+    vf maxima = splat(-__builtin_inff());
     for (int i = 0; i < n; i += width) {
-        most = vmax(most, load(scores + i));
+        maxima = vmax(maxima, load(scores + i));
     }
-    const float top   = greatest(most), times = simple ? a.scale * log2e : 1.f;
-    const bool  blind = top == -__builtin_inff();  // it sees nothing
-    vf          total = {};
+    const float max = reduce_max(maxima), score_scale = scale_only ? a.scale * log2e : 1.f;
+    const bool fully_masked = max == -__builtin_inff();
+    vf total = {};
     for (int i = 0; i < n; i += width) {
-        const vf p = blind ? vf{} : exp2v((load(scores + i) - top) * times);
+        const vf p = fully_masked ? vf{} : exp2v((load(scores + i) - max) * score_scale);
         total += p;
-        data::keep(out + i, p);
+        data::store_weights(out + i, p);
     }
-    return blind ? 0 : 1.f / sum(total);
+    return fully_masked ? 0 : 1.f / reduce_sum(total);
 }
 
-// NT rows of queries. Softmax may take any number off the scores before exp, if no row's sum leaves the
-// range of float: that is the greatest score of the first 32 keys, for all rows. So the scores go through a
-// small buffer once. Rows for which that number was no measure are done again by themselves.
+// Parts of the scratch memory.
+template <class type>
+struct attention_buffers {
+    type * keys;     // all keys of a segment, packed
+    type * values;   // all values
+    float * scores;  // of a tile with 32 keys, or of a row with all keys
+    type * weights;  // of a tile with all keys
+    float * result;  // of a tile, 32 columns
+};
+
+// Write columns [d, d + 32) of a head's result for a row, scaled.
+LC_INLINE void write_panel(const attention_args & a, int head, int row, int d, float * result,
+                           float scale) {
+    const int count = a.d_v - d < panel_width ? a.d_v - d : panel_width;
+    const ptrdiff_t place = row * a.y_row + head * a.y_head + d;
+    for (int i = 0; i < panel_width; i += width) {
+        store(result + i, load(result + i) * scale);
+    }
+    if (a.y) {
+        std::memcpy(a.y + place, result, count * sizeof(float));
+    }
+#if defined(__AVX512BF16__)
+    if (a.y_bf16) {
+        const __m512bh both =
+            _mm512_cvtne2ps_pbh((__m512) load(result + 16), (__m512) load(result));
+        const __mmask32 mask = count == 32 ? ~0u : (1u << count) - 1;
+        _mm512_mask_storeu_epi16(a.y_bf16 + place, mask, (__m512i) both);
+    }
+#endif
+}
+
+// Attention of NT rows of queries. Softmax may subtract any number from the scores before exp, as
+// long as no sum of a row leaves the range of float: here the greatest score of the first 32 keys,
+// for all rows. So the scores go through a small buffer once. Rows for which that number does not
+// fit are computed again one by one.
 template <class data, int NT>
-LC_INLINE void attend(const attention_args & a, const segment & s, int head, int row,
-                      const typename data::type * keys, const typename data::type * values, float * scores,
-                      typename data::type * weights, float * result) {
+LC_INLINE void attention_tile(const attention_args & a, const segment & s, int head, int row,
+                              const attention_buffers<typename data::type> & buffers) {
     typedef typename data::type type;
-    const int       n = s.key1 - s.key0, pairs = even(n);
-    const ptrdiff_t stride = padded(n) + panel_width;  // no power of two, which would share few lines
-    const type *    q      = (const type *) a.q + row * a.q_row + head * a.q_head;
-    const bool      simple = s.clean && a.softcap == 0;
-    const float     times  = simple ? a.scale * log2e : 1.f;
-    float           shift  = 0;
-    vf              total[NT] = {};
+    const type *keys = buffers.keys, *values = buffers.values;
+    type * weights = buffers.weights;
+    float *scores = buffers.scores, *result = buffers.result;
+    const int n = s.key1 - s.key0, pairs = round_to_pair(n);
+    const ptrdiff_t stride =
+        round_to_panel(n) + panel_width;  // a power of two would use few cache sets
+    const type * q = (const type *) a.q + row * a.q_row + head * a.q_head;
+    const bool scale_only = s.unmasked && a.softcap == 0;
+    const float score_scale = scale_only ? a.scale * log2e : 1.f;
+    float shift = 0;
+    vf total[NT] = {};
     for (int key = 0; key < n; key += panel_width) {
-        const int some = n - key < panel_width ? n - key : panel_width;
-        data::template scores<NT>(keys + (size_t) key * a.d_k, q, a.q_row, a.d_k, scores, panel_width, some);
+        const int count = n - key < panel_width ? n - key : panel_width;
+        data::template scores<NT>(keys + (size_t) key * a.d_k, q, a.q_row, a.d_k, scores,
+                                  panel_width, count);
         for (int t = 0; t < NT; t++) {
-            if (!simple) {
-                adjust(a, s, row + t, key, some, scores + t * panel_width);
+            if (!scale_only) {
+                apply_mask(a, s, row + t, key, count, scores + t * panel_width);
             }
-            close_padding(scores + t * panel_width, some);
+            mask_padding(scores + t * panel_width, count);
         }
         if (key == 0) {
-            vf most = splat(-__builtin_inff());
+            vf maxima = splat(-__builtin_inff());
             for (int t = 0; t < NT; t++) {
-                for (int i = 0; i < some; i += width) {
-                    most = vmax(most, load(scores + t * panel_width + i));
+                for (int i = 0; i < count; i += width) {
+                    maxima = vmax(maxima, load(scores + t * panel_width + i));
                 }
             }
-            shift = greatest(most) * times;
+            shift = reduce_max(maxima) * score_scale;
             shift = shift > -1e30f ? shift : 0;
         }
-        for (int i = 0; i < some; i += width) {
+        for (int i = 0; i < count; i += width) {
 #pragma GCC unroll 12
             for (int t = 0; t < NT; t++) {
-                const vf p = exp2v<data::exact>(load(scores + t * panel_width + i) * times - shift);
+                const vf p =
+                    exp2v<data::exact>(load(scores + t * panel_width + i) * score_scale - shift);
                 total[t] += p;
-                data::keep(weights + t * stride + key + i, p);
+                data::store_weights(weights + t * stride + key + i, p);
             }
         }
     }
     float inverse_sums[NT];
 #pragma GCC unroll 12
     for (int t = 0; t < NT; t++) {
-        inverse_sums[t] = sum(total[t]);
+        inverse_sums[t] = reduce_sum(total[t]);
     }
     for (int t = 0; t < NT; t++) {
-        const bool lost = inverse_sums[t] < 1e-20f || inverse_sums[t] > 1e30f;
-        inverse_sums[t] = lost ? soften_row<data>(a, s, row + t, q + t * a.q_row, keys, scores, weights + t * stride)
-                               : 1.f / inverse_sums[t];
+        const bool out_of_range = inverse_sums[t] < 1e-20f || inverse_sums[t] > 1e30f;
+        inverse_sums[t] = out_of_range ? softmax_row<data>(a, s, row + t, q + t * a.q_row, keys,
+                                                           scores, weights + t * stride)
+                                       : 1.f / inverse_sums[t];
     }
     for (int d = 0; d < a.d_v; d += panel_width) {
-        data::template product<NT>(values + (size_t) d * pairs, weights, stride, pairs, result, panel_width);
-        const int some = a.d_v - d < panel_width ? a.d_v - d : panel_width;
+        data::template product<NT>(values + (size_t) d * pairs, weights, stride, pairs, result,
+                                   panel_width);
         for (int t = 0; t < NT; t++) {
-            const ptrdiff_t place = (row + t) * a.y_row + head * a.y_head + d;
-            float *         from  = result + t * panel_width;
-            for (int i = 0; i < panel_width; i += width) {
-                store(from + i, load(from + i) * inverse_sums[t]);
-            }
-            if (a.y) {
-                std::memcpy(a.y + place, from, some * sizeof(float));
-            }
-#if defined(__AVX512BF16__)
-            if (a.y_bf16) {
-                const __m512bh  both = _mm512_cvtne2ps_pbh((__m512) load(from + 16), (__m512) load(from));
-                const __mmask32 mask = some == 32 ? ~0u : (1u << some) - 1;
-                _mm512_mask_storeu_epi16(a.y_bf16 + place, mask, (__m512i) both);
-            }
-#endif
+            write_panel(a, head, row + t, d, result + t * panel_width, inverse_sums[t]);
         }
     }
 }
 
-template <class data> LC_INLINE void attention_in(const attention_args & a, const segment & s, int head) {
+template <class data>
+LC_INLINE void attention_as(const attention_args & a, const segment & s, int head) {
     typedef typename data::type type;
-    const int                   n = s.key1 - s.key0, end = padded(n);
-    char *                      at     = (char *) a.scratch;
-    const auto                  take   = [&](size_t bytes) {
+    const int n = s.key1 - s.key0, end = round_to_panel(n);
+    char * at = (char *) a.scratch;
+    const auto take = [&](size_t bytes) {
         char * p = at;
-        at += lines(bytes);
+        at += round_to_line(bytes);
         return p;
     };
-    type *  keys    = (type *) take(sizeof(type) * end * a.d_k);
-    type *  values  = (type *) take(sizeof(type) * even(n) * padded(a.d_v));
-    float * scores  = (float *) take(sizeof(float) * (end > tile * panel_width ? end : tile * panel_width));
-    type *  weights = (type *) take(sizeof(type) * tile * (end + panel_width));
-    float * result  = (float *) take(sizeof(float) * tile * panel_width);
-    const int kv    = head / a.heads_per_kv;
-    data::pack_keys(a, (const type *) a.k + s.key0 * a.k_row + kv * a.k_head, n, keys);
-    data::pack_values(a, (const type *) a.v + s.key0 * a.v_row + kv * a.v_head, n, values);
-    const auto part = [&](int row, int rows) {
+    attention_buffers<type> buffers;
+    buffers.keys = (type *) take(sizeof(type) * end * a.d_k);
+    buffers.values = (type *) take(sizeof(type) * round_to_pair(n) * round_to_panel(a.d_v));
+    buffers.scores =
+        (float *) take(sizeof(float) * (end > tile * panel_width ? end : tile * panel_width));
+    buffers.weights = (type *) take(sizeof(type) * tile * (end + panel_width));
+    buffers.result = (float *) take(sizeof(float) * tile * panel_width);
+    const int kv = head / a.heads_per_kv;
+    data::pack_keys(a, (const type *) a.k + s.key0 * a.k_row + kv * a.k_head, n, buffers.keys);
+    data::pack_values(a, (const type *) a.v + s.key0 * a.v_row + kv * a.v_head, n, buffers.values);
+    const auto compute_rows = [&](int row, int rows) {
         switch (rows) {
-            case 12: return attend<data, 12>(a, s, head, row, keys, values, scores, weights, result);
-            case 8: return attend<data, 8>(a, s, head, row, keys, values, scores, weights, result);
-            case 6: return attend<data, 6>(a, s, head, row, keys, values, scores, weights, result);
-            case 4: return attend<data, 4>(a, s, head, row, keys, values, scores, weights, result);
-            case 2: return attend<data, 2>(a, s, head, row, keys, values, scores, weights, result);
-            default: return attend<data, 1>(a, s, head, row, keys, values, scores, weights, result);
+            case 12: return attention_tile<data, 12>(a, s, head, row, buffers);
+            case 8: return attention_tile<data, 8>(a, s, head, row, buffers);
+            case 6: return attention_tile<data, 6>(a, s, head, row, buffers);
+            case 4: return attention_tile<data, 4>(a, s, head, row, buffers);
+            case 2: return attention_tile<data, 2>(a, s, head, row, buffers);
+            default: return attention_tile<data, 1>(a, s, head, row, buffers);
         }
     };
-    // A last tile that is not full begins among rows that are done already, which is faster than tiles of
-    // one or two rows.
+    // The last tile may begin among rows that are done already, which is faster than tiles of one
+    // or two rows.
     for (int row = s.row0; row < s.row1;) {
         const int left = s.row1 - row, all = s.row1 - s.row0;
-        int       rows = tile;
-        static constexpr int sizes[] = { 8, 6, 4, 2, 1 };
+        int rows = tile;
+        static constexpr int sizes[] = {8, 6, 4, 2, 1};
         for (int smaller : sizes) {
             if (smaller < tile && (smaller >= left || rows > all)) {
                 rows = smaller;
@@ -354,18 +406,18 @@ template <class data> LC_INLINE void attention_in(const attention_args & a, cons
         if (rows > left) {
             row = s.row1 - rows;
         }
-        part(row, rows);
+        compute_rows(row, rows);
         row += rows;
     }
 }
 
 static void attention(const attention_args & a, const segment & s, int head) {
 #if defined(__AVX512BF16__)
-    if (a.kind == packing::bf16) {
-        return attention_in<bf16_data>(a, s, head);
+    if (a.type == data_type::bf16) {
+        return attention_as<bf16_data>(a, s, head);
     }
 #endif
-    attention_in<f32_data>(a, s, head);
+    attention_as<f32_data>(a, s, head);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The products: micro-kernels of a few rows by 32 columns, and the loop around them.
+// Products: micro-kernels of a few rows by 32 columns, and the loop around them.
 #pragma once
 
 #include "../kernel_table.hpp"
@@ -6,36 +6,37 @@
 
 namespace {
 
-using llamacrab::activation;
-using llamacrab::linear_args;
-using llamacrab::packing;
-using llamacrab::panel_width;
+using llamacrab::kernels::activation;
+using llamacrab::kernels::linear_args;
+using llamacrab::kernels::panel_width;
+using llamacrab::kernels::weight_layout;
 
-// Registers decide: 12 rows by 2 vectors of sums take 24 of AVX-512's 32.
+// As many rows as registers allow: 12 rows by 2 vectors of sums take 24 of AVX-512's 32.
 #if defined(__AVX512F__)
 constexpr int tile = 12;
 #else
 constexpr int tile = 4;
 #endif
-constexpr int vectors = panel_width / width;      // of a panel
-constexpr int at_once = vectors < 2 ? vectors : 2;  // computed together
+constexpr int vectors = panel_width / width;                // per panel
+constexpr int vectors_at_once = vectors < 2 ? vectors : 2;  // computed together
 
 // out[i * ldo + 0..31] = sum over k of x[i][k] * w[k][0..31]
-template <int NT> LC_INLINE void product_f32(const float * w, const float * x, size_t ldx, int k, float * out,
+template <int NT>
+LC_INLINE void product_f32(const float * w, const float * x, size_t ldx, int k, float * out,
                            size_t ldo) {
-    for (int half = 0; half < vectors; half += at_once) {
-        vf acc[NT][at_once] = {};
+    for (int first = 0; first < vectors; first += vectors_at_once) {
+        vf acc[NT][vectors_at_once] = {};
         for (int i = 0; i < k; i++) {
-            const float * row = w + (size_t) i * panel_width + half * width;
-            vf            b[at_once];
-            for (int j = 0; j < at_once; j++) {
+            const float * row = w + (size_t) i * panel_width + first * width;
+            vf b[vectors_at_once];
+            for (int j = 0; j < vectors_at_once; j++) {
                 b[j] = load(row + j * width);
             }
 #pragma GCC unroll 12
             for (int t = 0; t < NT; t++) {
                 const vf a = splat(x[t * ldx + i]);
 #pragma GCC unroll 2
-                for (int j = 0; j < at_once; j++) {
+                for (int j = 0; j < vectors_at_once; j++) {
                     acc[t][j] += a * b[j];
                 }
             }
@@ -43,33 +44,33 @@ template <int NT> LC_INLINE void product_f32(const float * w, const float * x, s
 #pragma GCC unroll 12
         for (int t = 0; t < NT; t++) {
 #pragma GCC unroll 2
-            for (int j = 0; j < at_once; j++) {
-                store(out + t * ldo + (half + j) * width, acc[t][j]);
+            for (int j = 0; j < vectors_at_once; j++) {
+                store(out + t * ldo + (first + j) * width, acc[t][j]);
             }
         }
     }
 }
 
-// The same on pairs of bf16, with x in float: for CPUs that cannot multiply bf16.
+// The same with bf16 weights and float activations, for CPUs that cannot multiply bf16.
 template <int NT>
 LC_INLINE void product_pairs(const uint16_t * w, const float * x, size_t ldx, int k, float * out,
-                           size_t ldo) {
-    for (int half = 0; half < vectors; half += at_once) {
-        vf acc[NT][at_once] = {};
+                             size_t ldo) {
+    for (int first = 0; first < vectors; first += vectors_at_once) {
+        vf acc[NT][vectors_at_once] = {};
         for (int i = 0; i < k; i += 2) {
-            const uint16_t * row = w + (size_t) i * panel_width + half * width * 2;
-            vf               low[at_once], high[at_once];
-            for (int j = 0; j < at_once; j++) {
+            const uint16_t * row = w + (size_t) i * panel_width + first * width * 2;
+            vf low[vectors_at_once], high[vectors_at_once];
+            for (int j = 0; j < vectors_at_once; j++) {
                 const vi pairs = load_i(row + j * width * 2);
-                low[j]         = low_bf16(pairs);
-                high[j]        = high_bf16(pairs);
+                low[j] = low_bf16(pairs);
+                high[j] = high_bf16(pairs);
             }
             const int second = i + 1 < k ? 1 : 0;  // an odd k is padded: the weight is 0
 #pragma GCC unroll 12
             for (int t = 0; t < NT; t++) {
                 const vf a = splat(x[t * ldx + i]), b = splat(x[t * ldx + i + second]);
 #pragma GCC unroll 2
-                for (int j = 0; j < at_once; j++) {
+                for (int j = 0; j < vectors_at_once; j++) {
                     acc[t][j] += a * low[j];
                     acc[t][j] += b * high[j];
                 }
@@ -78,18 +79,19 @@ LC_INLINE void product_pairs(const uint16_t * w, const float * x, size_t ldx, in
 #pragma GCC unroll 12
         for (int t = 0; t < NT; t++) {
 #pragma GCC unroll 2
-            for (int j = 0; j < at_once; j++) {
-                store(out + t * ldo + (half + j) * width, acc[t][j]);
+            for (int j = 0; j < vectors_at_once; j++) {
+                store(out + t * ldo + (first + j) * width, acc[t][j]);
             }
         }
     }
 }
 
 #if defined(__AVX512BF16__)
-// With WIDE false only the first 16 columns. `ahead`, if not null, is brought into L2: a line for every 8 of k.
+// With WIDE false only the first 16 columns. `ahead`, if not null, is prefetched into L2: a line
+// for every 8 of k.
 template <int NT, bool WIDE = true>
 LC_INLINE void product_bf16(const uint16_t * w, const uint16_t * x, size_t ldx, int k, float * out,
-                           size_t ldo, const char * ahead = nullptr) {
+                            size_t ldo, const char * ahead = nullptr) {
     __m512 a[NT], b[NT];
 #pragma GCC unroll 12
     for (int t = 0; t < NT; t++) {
@@ -106,7 +108,7 @@ LC_INLINE void product_bf16(const uint16_t * w, const uint16_t * x, size_t ldx, 
             int pair;
             std::memcpy(&pair, x + t * ldx + i, sizeof pair);
             const __m512bh v = (__m512bh) _mm512_set1_epi32(pair);
-            a[t]             = _mm512_dpbf16_ps(a[t], w0, v);
+            a[t] = _mm512_dpbf16_ps(a[t], w0, v);
             if (WIDE) {
                 b[t] = _mm512_dpbf16_ps(b[t], w1, v);
             }
@@ -124,7 +126,8 @@ LC_INLINE void product_bf16(const uint16_t * w, const uint16_t * x, size_t ldx, 
 
 // Sums of uint8 times int8.
 template <int NT>
-LC_INLINE void product_int8(const int8_t * w, const uint8_t * x, size_t ldx, int k, int32_t * out, const char * ahead) {
+LC_INLINE void product_int8(const int8_t * w, const uint8_t * x, size_t ldx, int k, int32_t * out,
+                            const char * ahead) {
 #if defined(__AVX512VNNI__)
     __m512i a[NT], b[NT];
 #pragma GCC unroll 12
@@ -142,8 +145,8 @@ LC_INLINE void product_int8(const int8_t * w, const uint8_t * x, size_t ldx, int
             int four;
             std::memcpy(&four, x + t * ldx + i, sizeof four);
             const __m512i v = _mm512_set1_epi32(four);
-            a[t]            = _mm512_dpbusd_epi32(a[t], v, w0);
-            b[t]            = _mm512_dpbusd_epi32(b[t], v, w1);
+            a[t] = _mm512_dpbusd_epi32(a[t], v, w0);
+            b[t] = _mm512_dpbusd_epi32(b[t], v, w1);
         }
     }
 #pragma GCC unroll 12
@@ -159,19 +162,21 @@ LC_INLINE void product_int8(const int8_t * w, const uint8_t * x, size_t ldx, int
             const uint8_t * four = x + t * ldx + i;
             for (int j = 0; j < panel_width; j++) {
                 const int8_t * one = w + (size_t) i * 32 + j * 4;
-                out[t * panel_width + j] += four[0] * one[0] + four[1] * one[1] + four[2] * one[2] + four[3] * one[3];
+                out[t * panel_width + j] +=
+                    four[0] * one[0] + four[1] * one[1] + four[2] * one[2] + four[3] * one[3];
             }
         }
     }
 #endif
 }
 
-template <exactness E = exactness::full> LC_INLINE vf activate(activation act, vf v) {
+template <precision P = precision::f32>
+LC_INLINE vf activate(activation act, vf v) {
     switch (act) {
-        case activation::gelu: return geluv<E>(v);
+        case activation::gelu: return geluv<P>(v);
         case activation::gelu_erf: return gelu_erfv(v);
-        case activation::gelu_quick: return v * sigmoidv<E>(v * 1.702f);
-        case activation::silu: return v * sigmoidv<E>(v);
+        case activation::gelu_quick: return v * sigmoidv<P>(v * 1.702f);
+        case activation::silu: return v * sigmoidv<P>(v);
         case activation::relu: return vmax(vf{}, v);
         case activation::tanh: return tanhv(v);
         case activation::sigmoid: return sigmoidv(v);
@@ -179,27 +184,28 @@ template <exactness E = exactness::full> LC_INLINE vf activate(activation act, v
     }
 }
 
-// What follows a tile's sums: scales, bias, activation, and out in the types that are wanted.
-template <activation ACT, exactness E>
+// Apply scales, bias and activation to the sums of a tile, and write the outputs.
+template <activation ACT, precision P>
 LC_INLINE void finish_tile(const linear_args & a, float * sums, int rows, int row, int column) {
-    const int  n      = a.m - column < panel_width ? a.m - column : panel_width;
+    const int n = a.m - column < panel_width ? a.m - column : panel_width;
     const bool narrow = n < panel_width;
     alignas(64) float bias[panel_width] = {};
     if (a.bias) {
         std::memcpy(bias, a.bias + column, n * sizeof(float));
     }
     for (int t = 0; t < rows; t++) {
-        float *    s   = sums + t * panel_width;
-        vf         v[vectors];
+        float * s = sums + t * panel_width;
+        vf v[vectors];
         for (int j = 0; j < vectors; j++) {
-            if (a.kind == packing::int8) {
+            if (a.layout == weight_layout::int8_panels) {
                 const vf whole = __builtin_convertvector(load_i(s + j * width), vf);
                 v[j] = (whole * load(a.w_scale + column + j * width) -
-                        load(a.w_sum + column + j * width) * a.x_scale[2 * (row + t) + 1]) * a.x_scale[2 * (row + t)];
+                        load(a.w_sum + column + j * width) * a.x_scale[2 * (row + t) + 1]) *
+                       a.x_scale[2 * (row + t)];
             } else {
                 v[j] = load(s + j * width);
             }
-            v[j] = activate<E>(ACT, v[j] + load(bias + j * width));
+            v[j] = activate<P>(ACT, v[j] + load(bias + j * width));
         }
         if (narrow) {
             for (int j = 0; j < vectors; j++) {
@@ -229,63 +235,69 @@ LC_INLINE void finish_tile(const linear_args & a, float * sums, int rows, int ro
     }
 }
 
-template <exactness E> LC_INLINE void finish_in(const linear_args & a, float * sums, int rows, int row, int column) {
+template <precision P>
+LC_INLINE void finish_as(const linear_args & a, float * sums, int rows, int row, int column) {
     switch (a.act) {
-        case activation::none: return finish_tile<activation::none, E>(a, sums, rows, row, column);
-        case activation::gelu: return finish_tile<activation::gelu, E>(a, sums, rows, row, column);
-        case activation::gelu_erf: return finish_tile<activation::gelu_erf, E>(a, sums, rows, row, column);
-        case activation::gelu_quick: return finish_tile<activation::gelu_quick, E>(a, sums, rows, row, column);
-        case activation::silu: return finish_tile<activation::silu, E>(a, sums, rows, row, column);
-        case activation::relu: return finish_tile<activation::relu, E>(a, sums, rows, row, column);
-        case activation::tanh: return finish_tile<activation::tanh, E>(a, sums, rows, row, column);
-        case activation::sigmoid: return finish_tile<activation::sigmoid, E>(a, sums, rows, row, column);
+        case activation::none: return finish_tile<activation::none, P>(a, sums, rows, row, column);
+        case activation::gelu: return finish_tile<activation::gelu, P>(a, sums, rows, row, column);
+        case activation::gelu_erf:
+            return finish_tile<activation::gelu_erf, P>(a, sums, rows, row, column);
+        case activation::gelu_quick:
+            return finish_tile<activation::gelu_quick, P>(a, sums, rows, row, column);
+        case activation::silu: return finish_tile<activation::silu, P>(a, sums, rows, row, column);
+        case activation::relu: return finish_tile<activation::relu, P>(a, sums, rows, row, column);
+        case activation::tanh: return finish_tile<activation::tanh, P>(a, sums, rows, row, column);
+        case activation::sigmoid:
+            return finish_tile<activation::sigmoid, P>(a, sums, rows, row, column);
     }
 }
 
 LC_INLINE void finish(const linear_args & a, float * sums, int rows, int row, int column) {
     if (a.y) {
-        finish_in<exactness::full>(a, sums, rows, row, column);
+        finish_as<precision::f32>(a, sums, rows, row, column);
     } else {
-        finish_in<exactness::half>(a, sums, rows, row, column);
+        finish_as<precision::bf16>(a, sums, rows, row, column);
     }
 }
 
 template <int NT>
-LC_INLINE void product(const linear_args & a, const char * panel, int row, float * sums, const char * ahead = nullptr) {
-    switch (a.kind) {
-        case packing::int8:
-            return product_int8<NT>((const int8_t *) panel, (const uint8_t *) a.x + row * a.ldx, a.ldx, a.k,
-                                    (int32_t *) sums, ahead);
+LC_INLINE void product(const linear_args & a, const char * panel, int row, float * sums,
+                       const char * ahead = nullptr) {
+    switch (a.layout) {
+        case weight_layout::int8_panels:
+            return product_int8<NT>((const int8_t *) panel, (const uint8_t *) a.x + row * a.ldx,
+                                    a.ldx, a.k, (int32_t *) sums, ahead);
 #if defined(__AVX512BF16__)
-        case packing::bf16:
-            return product_bf16<NT>((const uint16_t *) panel, (const uint16_t *) a.x + row * a.ldx, a.ldx, a.k, sums,
-                                     panel_width, ahead);
+        case weight_layout::bf16_panels:
+            return product_bf16<NT>((const uint16_t *) panel, (const uint16_t *) a.x + row * a.ldx,
+                                    a.ldx, a.k, sums, panel_width, ahead);
 #else
-        case packing::bf16:
-            return product_pairs<NT>((const uint16_t *) panel, (const float *) a.x + row * a.ldx, a.ldx, a.k, sums,
-                                     panel_width);
+        case weight_layout::bf16_panels:
+            return product_pairs<NT>((const uint16_t *) panel, (const float *) a.x + row * a.ldx,
+                                     a.ldx, a.k, sums, panel_width);
 #endif
-        default: return product_f32<NT>((const float *) panel, (const float *) a.x + row * a.ldx, a.ldx, a.k, sums,
-                                     panel_width);
+        default:
+            return product_f32<NT>((const float *) panel, (const float *) a.x + row * a.ldx, a.ldx,
+                                   a.k, sums, panel_width);
     }
 }
 
-LC_INLINE size_t panel_bytes(packing kind, int k) {
-    switch (kind) {
-        case packing::int8: return (size_t) panel_width * ((k + 3) / 4 * 4);
-        case packing::bf16: return (size_t) panel_width * ((k + 1) / 2 * 2) * 2;
+LC_INLINE size_t panel_bytes(weight_layout layout, int k) {
+    switch (layout) {
+        case weight_layout::int8_panels: return (size_t) panel_width * ((k + 3) / 4 * 4);
+        case weight_layout::bf16_panels: return (size_t) panel_width * ((k + 1) / 2 * 2) * 2;
         default: return (size_t) panel_width * k * 4;
     }
 }
 
 static void linear(const linear_args & a, int row0, int row1) {
     alignas(64) float sums[tile * panel_width];
-    const size_t      bytes = panel_bytes(a.kind, a.k);
+    const size_t bytes = panel_bytes(a.layout, a.k);
     for (int column = 0; column < a.m; column += panel_width) {
         const char * panel = (const char *) a.w + column / panel_width * bytes;
-        int          row   = row0;
-        // Panels lie one behind the other. While this one is multiplied the next comes out of memory, an eighth with
-        // each tile: else the first tile of each panel waits for it.
+        int row = row0;
+        // Prefetch the next panel while this one is multiplied, an eighth with each tile: else the
+        // first tile of each panel waits for memory.
         const char * ahead = panel + bytes;
         for (; row + tile <= row1; row += tile, ahead += bytes / 8) {
             product<tile>(a, panel, row, sums, ahead);
@@ -293,7 +305,7 @@ static void linear(const linear_args & a, int row0, int row1) {
         }
         while (row < row1) {
             const int left = row1 - row;
-            int       n    = 1;
+            int n = 1;
             if (tile > 8 && left >= 8) {
                 product<8>(a, panel, row, sums);
                 n = 8;

@@ -1,21 +1,22 @@
-// One kernel set. Compiled once for each instruction set, with LLAMACRAB_SET naming it.
+// A table of kernels. Compiled once per instruction set, with LLAMACRAB_KERNEL_TABLE naming the
+// function that returns it.
 #include "attention.hpp"
 #include "rowwise.hpp"
 
-namespace llamacrab {
+namespace llamacrab::kernels {
 
-const kernel_set * LLAMACRAB_SET() {
-    static constexpr kernel_set set = {
+const kernel_table * LLAMACRAB_KERNEL_TABLE() {
+    static constexpr kernel_table table = {
 #if defined(__AVX512BF16__)
         "avx512_bf16", true,
 #elif defined(__AVX2__)
         "avx2", false,
 #else
-        "plain", false,
+        "generic", false,
 #endif
-        tile,  linear, norm, attention_scratch, attention, to_bf16, to_f32, add, mul, unary, gate,
+        tile,          linear, norm, attention_scratch, attention, to_bf16, add, mul, gate,
     };
-    return &set;
+    return &table;
 }
 
-}  // namespace llamacrab
+}  // namespace llamacrab::kernels

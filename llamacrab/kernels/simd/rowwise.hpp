@@ -1,144 +1,163 @@
-// What is done to one row after another: norms, conversions, gates.
+// Operations that go row by row: norms, conversions, gates.
 #pragma once
 
 #include "gemm.hpp"
 
 namespace {
 
-using llamacrab::norm_args;
+using llamacrab::kernels::norm_args;
+using llamacrab::kernels::widest_row;
 
-// A row as uint8 for VNNI: value = (byte - zero) * scale. The range of bytes is that of the row's values
-// and zero, so that rows with few negative values, as GELU makes them, do not waste half of it.
+// Quantize a row to uint8 for VNNI: value = (byte - zero) * scale. The bytes cover the range of the
+// row's values and zero, so that rows with few negative values, such as results of GELU, do not
+// waste half of it.
 LC_INLINE void quantize_row(const float * x, int n, uint8_t * y, float * scale) {
-    vf  low = {}, high = {}, finite = {};  // zero times NaN is NaN, which a maximum may lose
+    vf low = {}, high = {}, finite = {};  // 0 * NaN is NaN, which a maximum may lose
     int i = 0;
     for (; i + width <= n; i += width) {
         const vf v = load(x + i);
-        high       = vmax(high, v);
-        low        = vmax(low, -v);
+        high = vmax(high, v);
+        low = vmax(low, -v);
         finite += v * 0.f;
     }
-    float top = greatest(high), bottom = greatest(low), zero_sum = sum(finite);
+    float max = reduce_max(high), minus_min = reduce_max(low), zero_sum = reduce_sum(finite);
     for (; i < n; i++) {
-        top    = x[i] > top ? x[i] : top;
-        bottom = -x[i] > bottom ? -x[i] : bottom;
+        max = x[i] > max ? x[i] : max;
+        minus_min = -x[i] > minus_min ? -x[i] : minus_min;
         zero_sum += x[i] * 0.f;
     }
-    const float range = top + bottom + zero_sum;
-    const float times = range > 0 ? 255.f / range : 0.f;
-    const float zero  = __builtin_rintf(bottom * times);
-    scale[0]          = range / 255.f;
-    scale[1]          = zero;
-    i                 = 0;
+    const float range = max + minus_min + zero_sum;
+    const float inverse_scale = range > 0 ? 255.f / range : 0.f;
+    const float zero = __builtin_rintf(minus_min * inverse_scale);
+    scale[0] = range / 255.f;
+    scale[1] = zero;
+    i = 0;
 #if defined(__AVX512F__)
     for (; i + width <= n; i += width) {
-        const __m512i v = _mm512_cvtps_epi32((__m512) (load(x + i) * times + zero));
-        _mm_storeu_si128((__m128i *) (y + i), _mm512_cvtusepi32_epi8(_mm512_max_epi32(v, _mm512_setzero_si512())));
+        const __m512i v = _mm512_cvtps_epi32((__m512) (load(x + i) * inverse_scale + zero));
+        _mm_storeu_si128((__m128i *) (y + i),
+                         _mm512_cvtusepi32_epi8(_mm512_max_epi32(v, _mm512_setzero_si512())));
     }
 #endif
     for (; i < n; i++) {
-        const float v = __builtin_rintf(x[i] * times + zero);
-        y[i]          = (uint8_t) (v > 255.f ? 255.f : v > 0.f ? v : 0.f);
+        const float v = __builtin_rintf(x[i] * inverse_scale + zero);
+        y[i] = (uint8_t) (v > 255.f ? 255.f : v > 0.f ? v : 0.f);
     }
     for (; i % 4; i++) {
-        y[i] = 0;  // pads k, where weights are 0
+        y[i] = 0;  // the weights that pad k are 0 too
+    }
+}
+
+// Copy x + residual (or x alone) to t, padded with zeros to whole vectors. Returns the sum.
+LC_INLINE float add_residual(const float * x, const float * residual, int n, float * t) {
+    constexpr int step = 4 * width;
+    vf sums[4] = {};  // four sums that do not wait for each other
+    int i = 0;
+    for (; i + step <= n; i += step) {
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            vf v = load(x + i + j * width);
+            if (residual) {
+                v += load(residual + i + j * width);
+            }
+            store(t + i + j * width, v);
+            sums[j] += v;
+        }
+    }
+    for (; i < n; i += width) {
+        const int count = n - i < width ? n - i : width;
+        vf v = load_part(x + i, count);
+        if (residual) {
+            v += load_part(residual + i, count);
+        }
+        store(t + i, v);
+        sums[0] += v;
+    }
+    return reduce_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+LC_INLINE float sum_of_squares(const float * t, int n, float mean) {
+    constexpr int step = 4 * width;
+    vf sums[4] = {};
+    int i = 0;
+    for (; i + step <= n; i += step) {
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            const vf v = load(t + i + j * width) - mean;
+            sums[j] += v * v;
+        }
+    }
+    float total = reduce_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    for (; i < n; i++) {
+        total += (t[i] - mean) * (t[i] - mean);
+    }
+    return total;
+}
+
+// Write (t - mean) * scale * weight + bias to a row of each output. Keeps it in t if it is to be
+// quantized.
+LC_INLINE void finish_norm_row(const norm_args & a, int row, float * t, float mean, float scale) {
+    const int n = a.n, whole = n / width * width;
+    float * y = a.y ? a.y + row * a.ldy : nullptr;
+    uint16_t * y_bf16 = a.y_bf16 ? a.y_bf16 + row * a.ldy : nullptr;
+    int i = 0;
+    for (; i < whole; i += width) {
+        vf v = load(t + i);
+        if (a.norm) {
+            v = (v - mean) * scale;
+        }
+        if (a.weight) {
+            v = v * load(a.weight + i);
+        }
+        if (a.bias) {
+            v = v + load(a.bias + i);
+        }
+        if (y) {
+            store(y + i, v);
+        }
+#if defined(__AVX512BF16__)
+        if (y_bf16) {
+            store_bf16(y_bf16 + i, v);
+        }
+#endif
+        if (a.y_int8) {
+            store(t + i, v);
+        }
+    }
+    for (; i < n; i++) {
+        float v = t[i];
+        if (a.norm) {
+            v = (v - mean) * scale;
+        }
+        if (a.weight) {
+            v *= a.weight[i];
+        }
+        if (a.bias) {
+            v += a.bias[i];
+        }
+        t[i] = v;
+        if (y) {
+            y[i] = v;
+        }
+        if (y_bf16) {
+            y_bf16[i] = round_bf16(v);
+        }
     }
 }
 
 static void norm(const norm_args & a, int row0, int row1) {
-    alignas(64) float t[llamacrab::widest_row];
+    alignas(64) float t[widest_row];
     for (int row = row0; row < row1; row++) {
-        const float * x = a.x + row * a.ldx;
-        const float * r = a.residual ? a.residual + row * a.ldr : nullptr;
-        const int     n = a.n, whole = n / width * width;
-        // The sum, then the variance about the mean, each in four parts that do not wait for each other. What
-        // is left over is padded with zeros.
-        constexpr int many = 4 * width;
-        vf            s[4] = {};
-        int           i    = 0;
-        for (; i + many <= n; i += many) {
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) {
-                vf v = load(x + i + j * width);
-                if (r) {
-                    v += load(r + i + j * width);
-                }
-                store(t + i + j * width, v);
-                s[j] += v;
-            }
-        }
-        for (; i < n; i += width) {
-            const int some = n - i < width ? n - i : width;
-            vf        v    = load_part(x + i, some);
-            if (r) {
-                v += load_part(r + i, some);
-            }
-            store(t + i, v);
-            s[0] += v;
-        }
-        float mean = 0, times = 1;
+        const float * residual = a.residual ? a.residual + row * a.ldr : nullptr;
+        const float sum = add_residual(a.x + row * a.ldx, residual, a.n, t);
+        float mean = 0, scale = 1;
         if (a.norm) {
-            mean     = a.rms ? 0.f : sum((s[0] + s[1]) + (s[2] + s[3])) / n;
-            vf sq[4] = {};
-            for (i = 0; i + many <= n; i += many) {
-#pragma GCC unroll 4
-                for (int j = 0; j < 4; j++) {
-                    const vf v = load(t + i + j * width) - mean;
-                    sq[j] += v * v;
-                }
-            }
-            float total = sum((sq[0] + sq[1]) + (sq[2] + sq[3]));
-            for (; i < n; i++) {
-                total += (t[i] - mean) * (t[i] - mean);
-            }
-            times = 1.f / __builtin_sqrtf(total / n + a.eps);
+            mean = a.rms ? 0.f : sum / a.n;
+            scale = 1.f / __builtin_sqrtf(sum_of_squares(t, a.n, mean) / a.n + a.eps);
         }
-        float *    y = a.y ? a.y + row * a.ldy : nullptr;
-        uint16_t * b = a.y_bf16 ? a.y_bf16 + row * a.ldy : nullptr;
-        for (i = 0; i < whole; i += width) {
-            vf v = load(t + i);
-            if (a.norm) {
-                v = (v - mean) * times;
-            }
-            if (a.weight) {
-                v = v * load(a.weight + i);
-            }
-            if (a.bias) {
-                v = v + load(a.bias + i);
-            }
-            if (y) {
-                store(y + i, v);
-            }
-#if defined(__AVX512BF16__)
-            if (b) {
-                store_bf16(b + i, v);
-            }
-#endif
-            if (a.y_int8) {
-                store(t + i, v);
-            }
-        }
-        for (; i < n; i++) {
-            float v = t[i];
-            if (a.norm) {
-                v = (v - mean) * times;
-            }
-            if (a.weight) {
-                v *= a.weight[i];
-            }
-            if (a.bias) {
-                v += a.bias[i];
-            }
-            t[i] = v;
-            if (y) {
-                y[i] = v;
-            }
-            if (b) {
-                b[i] = round_bf16(v);
-            }
-        }
+        finish_norm_row(a, row, t, mean, scale);
         if (a.y_int8) {
-            quantize_row(t, n, a.y_int8 + row * a.ldq, a.y_scale + 2 * row);
+            quantize_row(t, a.n, a.y_int8 + row * a.ldq, a.y_scale + 2 * row);
         }
     }
 }
@@ -155,12 +174,6 @@ static void to_bf16(const float * x, uint16_t * y, int64_t n) {
     }
 }
 
-static void to_f32(const uint16_t * x, float * y, int64_t n) {
-    for (int64_t i = 0; i < n; i++) {
-        y[i] = from_bf16(x[i]);
-    }
-}
-
 static void add(const float * a, const float * b, float * y, int64_t n) {
     for (int64_t i = 0; i < n; i++) {
         y[i] = a[i] + b[i];
@@ -174,7 +187,8 @@ static void mul(const float * a, const float * b, float * y, int64_t n) {
 }
 
 template <activation ACT>
-LC_INLINE void gate_with(const float * a, const float * b, float * y, uint16_t * y_bf16, int64_t n) {
+LC_INLINE void gate_with(const float * a, const float * b, float * y, uint16_t * y_bf16,
+                         int64_t n) {
     int64_t i = 0;
     for (; i + width <= n; i += width) {
         vf v = activate(ACT, load(a + i));
@@ -207,7 +221,8 @@ LC_INLINE void gate_with(const float * a, const float * b, float * y, uint16_t *
     }
 }
 
-static void gate(activation act, const float * a, const float * b, float * y, uint16_t * y_bf16, int64_t n) {
+static void gate(activation act, const float * a, const float * b, float * y, uint16_t * y_bf16,
+                 int64_t n) {
     switch (act) {
         case activation::none: return gate_with<activation::none>(a, b, y, y_bf16, n);
         case activation::gelu: return gate_with<activation::gelu>(a, b, y, y_bf16, n);
@@ -219,7 +234,5 @@ static void gate(activation act, const float * a, const float * b, float * y, ui
         case activation::sigmoid: return gate_with<activation::sigmoid>(a, b, y, y_bf16, n);
     }
 }
-
-static void unary(activation act, const float * x, float * y, int64_t n) { gate(act, x, nullptr, y, nullptr, n); }
 
 }  // namespace

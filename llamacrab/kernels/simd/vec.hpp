@@ -1,12 +1,13 @@
-// Vectors of the width that this translation unit is compiled for. Everything is always inlined and in
-// an unnamed namespace: a function with AVX-512 in it must never be what another unit links to.
+// Vectors of the width that this translation unit is compiled for. All functions are always inlined
+// and in an unnamed namespace: the linker must never choose a function with AVX-512 instructions
+// for another unit.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
 #if defined(__x86_64__)
-#    include <immintrin.h>
+#include <immintrin.h>
 #endif
 
 #define LC_INLINE static inline __attribute__((always_inline))
@@ -21,7 +22,7 @@ constexpr int width = 8;
 constexpr int width = 4;
 #endif
 
-typedef float   vf __attribute__((vector_size(4 * width)));
+typedef float vf __attribute__((vector_size(4 * width)));
 typedef int32_t vi __attribute__((vector_size(4 * width)));
 
 LC_INLINE vf load(const float * p) {
@@ -34,7 +35,7 @@ LC_INLINE void store(float * p, vf v) { std::memcpy(p, &v, sizeof v); }
 
 LC_INLINE vf splat(float x) { return vf{} + x; }
 
-// Of two numbers; where `b` is NaN, NaN.
+// The greater of each two numbers; NaN where `b` is NaN.
 LC_INLINE vf vmax(vf a, vf b) {
 #if defined(__AVX512F__)
     return (vf) _mm512_max_ps((__m512) a, (__m512) b);
@@ -57,7 +58,7 @@ LC_INLINE vf vmin(vf a, vf b) {
 
 LC_INLINE vf vabs(vf a) { return (vf) ((vi) a & 0x7fffffff); }
 
-LC_INLINE float sum(vf v) {
+LC_INLINE float reduce_sum(vf v) {
 #if defined(__AVX512F__)
     return _mm512_reduce_add_ps((__m512) v);
 #else
@@ -69,7 +70,7 @@ LC_INLINE float sum(vf v) {
 #endif
 }
 
-LC_INLINE float greatest(vf v) {
+LC_INLINE float reduce_max(vf v) {
 #if defined(__AVX512F__)
     return _mm512_reduce_max_ps((__m512) v);
 #else
@@ -81,24 +82,25 @@ LC_INLINE float greatest(vf v) {
 #endif
 }
 
-// The first n of a vector from memory, zeros behind.
+// Load the first n numbers of a vector; the rest are zeros.
 LC_INLINE vf load_part(const float * p, int n) {
     vf r = {};
     std::memcpy(&r, p, n * sizeof(float));
     return r;
 }
 
-// How exact a function must be: to float's last bits, or to what is left of it in bf16.
-enum class exactness { full, half };
+// How exact a function must be: as its result is kept in float, or rounded to bf16.
+enum class precision { f32, bf16 };
 
-// exp2: x is split into a whole and a fraction, and the whole put into the exponent. The relative error of
-// the polynomials is 8e-8 and 8e-5.
-template <exactness E = exactness::full> LC_INLINE vf exp2v(vf x) {
+// exp2: x is split into an integer, which goes into the exponent, and a fraction. The relative
+// error of the polynomials is 8e-8 and 8e-5.
+template <precision P = precision::f32>
+LC_INLINE vf exp2v(vf x) {
     vf p;
 #if defined(__AVX512DQ__)
-    // The fraction in [0, 1); scalef takes the whole by itself, and knows infinities.
+    // The fraction in [0, 1). scalef takes the integer part of x itself, and handles infinities.
     const vf f = (vf) _mm512_reduce_ps((__m512) x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    if (E == exactness::half) {
+    if (P == precision::bf16) {
         p = f * 0.078024514f + 0.226067171f;
         p = p * f + 0.695833564f;
         p = p * f + 0.999925196f;
@@ -111,54 +113,58 @@ template <exactness E = exactness::full> LC_INLINE vf exp2v(vf x) {
     }
     return (vf) _mm512_scalef_ps((__m512) p, (__m512) x);
 #else
-    x            = vmin(splat(127.f), vmax(splat(-126.f), x));
-    const vf big = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to a whole number
-    const vf t   = x + big;
-    const vf f   = x - (t - big);  // in [-1/2, 1/2]
-    p            = f * 1.32764701e-3f + 9.67554096e-3f;
-    p            = p * f + 5.55071346e-2f;
-    p            = p * f + 2.40221202e-1f;
-    p            = p * f + 6.93146944e-1f;
-    p            = p * f + 1.00000012f;
+    x = vmin(splat(127.f), vmax(splat(-126.f), x));
+    const vf big = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
+    const vf t = x + big;
+    const vf f = x - (t - big);  // in [-1/2, 1/2]
+    p = f * 1.32764701e-3f + 9.67554096e-3f;
+    p = p * f + 5.55071346e-2f;
+    p = p * f + 2.40221202e-1f;
+    p = p * f + 6.93146944e-1f;
+    p = p * f + 1.00000012f;
     return (vf) ((vi) p + ((vi) t << 23));
 #endif
 }
 
 constexpr float log2e = 1.44269504f;
 
-template <exactness E = exactness::full> LC_INLINE vf inverse(vf x) {
+template <precision P = precision::f32>
+LC_INLINE vf inverse(vf x) {
 #if defined(__AVX512F__)
     const __m512 r = _mm512_rcp14_ps((__m512) x);
-    if (E == exactness::half) {
+    if (P == precision::bf16) {
         return (vf) r;
     }
     const __m512 e = _mm512_fnmadd_ps((__m512) x, r, _mm512_set1_ps(2.f));
-    // Where the estimate is 0 (x infinite) the correction would be infinity times 0.
-    return (vf) _mm512_mask_mul_ps(r, _mm512_cmp_ps_mask(r, _mm512_setzero_ps(), _CMP_NEQ_UQ), r, e);
+    // If the estimate is 0 (x is infinite), the correction would be infinity times 0.
+    return (vf) _mm512_mask_mul_ps(r, _mm512_cmp_ps_mask(r, _mm512_setzero_ps(), _CMP_NEQ_UQ), r,
+                                   e);
 #else
     return 1.f / x;
 #endif
 }
 
-template <exactness E = exactness::full> LC_INLINE vf sigmoidv(vf x) {
-    return inverse<E>(1.f + exp2v<E>(x * -log2e));
+template <precision P = precision::f32>
+LC_INLINE vf sigmoidv(vf x) {
+    return inverse<P>(1.f + exp2v<P>(x * -log2e));
 }
 
-// BERT's GELU in llama.cpp: the approximation by tanh, as x times a sigmoid.
-template <exactness E = exactness::full> LC_INLINE vf geluv(vf x) {
+// GELU by the approximation with tanh, written as x times a sigmoid.
+template <precision P = precision::f32>
+LC_INLINE vf geluv(vf x) {
     const float c = -log2e * 2 * 0.79788456f;
-    return x * inverse<E>(1.f + exp2v<E>(x * (x * x * (c * 0.044715f) + c)));
+    return x * inverse<P>(1.f + exp2v<P>(x * (x * x * (c * 0.044715f) + c)));
 }
 
-// erf by Abramowitz and Stegun 7.1.26; its error, 1.5e-7, is that of float.
+// erf by Abramowitz and Stegun 7.1.26, with an error of 1.5e-7.
 LC_INLINE vf gelu_erfv(vf x) {
     const vf z = vabs(x) * 0.70710678f;
     const vf t = inverse(1.f + z * 0.3275911f);
-    vf       p = splat(1.061405429f);
-    p          = p * t - 1.453152027f;
-    p          = p * t + 1.421413741f;
-    p          = p * t - 0.284496736f;
-    p          = p * t + 0.254829592f;
+    vf p = splat(1.061405429f);
+    p = p * t - 1.453152027f;
+    p = p * t + 1.421413741f;
+    p = p * t - 0.284496736f;
+    p = p * t + 0.254829592f;
     const vf tail = p * t * exp2v(z * z * -log2e) * 0.5f;  // the probability beyond |x|
     return x * (x > 0.f ? 1.f - tail : tail);
 }
@@ -170,13 +176,9 @@ LC_INLINE void store_bf16(uint16_t * p, vf v) {
     const __m256bh r = _mm512_cvtneps_pbh((__m512) v);
     std::memcpy(p, &r, sizeof r);
 }
-
-LC_INLINE vf load_bf16(const uint16_t * p) {
-    return (vf) _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *) p)), 16);
-}
 #endif
 
-// Two floats of a pair of bf16 in 32 bits: the first is the low half.
+// The two values of a pair of bf16 in 32 bits: the first is the low half.
 LC_INLINE vf low_bf16(vi pairs) { return (vf) (pairs << 16); }
 LC_INLINE vf high_bf16(vi pairs) { return (vf) (pairs & (int32_t) 0xffff0000u); }
 
@@ -195,21 +197,14 @@ LC_INLINE uint16_t round_bf16(float x) {
     return (uint16_t) ((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
-LC_INLINE float from_bf16(uint16_t x) {
-    const uint32_t u = (uint32_t) x << 16;
-    float          f;
-    std::memcpy(&f, &u, sizeof f);
-    return f;
-}
-
 LC_INLINE float from_f16(uint16_t h) {
 #if defined(__F16C__)
     return _cvtsh_ss(h);
 #else
     const uint32_t sign = (uint32_t) (h & 0x8000) << 16;
     const uint32_t rest = h & 0x7fff;
-    uint32_t       bits;
-    float          f;
+    uint32_t bits;
+    float f;
     if (rest >= 0x7c00) {
         bits = sign | 0x7f800000 | (rest & 0x3ff) << 13;
     } else if (rest >= 0x400) {

@@ -1,0 +1,16 @@
+// The one call that needs both llama.cpp's guard and the kernels, which know nothing of each other.
+#pragma once
+
+#include "kernels/kernels.hpp"
+#include "native/llama_guard.hpp"
+
+namespace llamacrab {
+
+inline llama_model * load_model(const char * path, llama_model_params params,
+                                kernels::cpu_backend backend) {
+    const throwing_asserts scope;
+    const kernels::loading_for loading(backend);
+    return llama_model_load_from_file(path, params);
+}
+
+}  // namespace llamacrab

@@ -1,0 +1,394 @@
+#include "ops.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "ggml_backend.hpp"
+
+namespace llamacrab::kernels {
+
+char * aligned_memory::reserve(size_t bytes) {
+    if (bytes > size) {
+        block.reset();
+        size = 0;
+        block.reset(new char[bytes + 64]);
+        size = bytes;
+        data = (char *) (((uintptr_t) block.get() + 63) / 64 * 64);
+    }
+    return data;
+}
+
+static const float * floats_of(const ggml_tensor * t) {
+    return t ? (const float *) t->data : nullptr;
+}
+
+template <class T>
+static T param(const ggml_tensor * node, int index) {
+    T value;
+    std::memcpy(&value, node->op_params + index, sizeof value);
+    return value;
+}
+
+// -------------------------------------------------------------------------- products and norms
+
+// Rows of a product that are computed before their norm: a multiple of every tile, such that the
+// rows fit in L2 together with the weights of a panel.
+constexpr int rows_per_block = 96;
+// Without a tail no row goes through scratch, and each panel is read again for each block: as many
+// rows per block as leave room in L2.
+constexpr int max_block_bytes = 400000;
+
+static norm_args make_norm_args(const step & s, const step_data & data) {
+    norm_args a{};
+    a.n = (int) s.out->ne[0];
+    a.residual = floats_of(s.residual);
+    a.ldr = a.ldx = a.ldy = a.n;
+    a.ldq = int8_row_bytes(s.out);
+    if (s.norm) {
+        a.norm = true;
+        a.rms = s.norm->op == GGML_OP_RMS_NORM;
+        a.eps = param<float>(s.norm, 0);
+        a.weight = floats_of(s.norm_weight);
+        a.bias = floats_of(s.norm_bias);
+    }
+    a.y = data.y;
+    a.y_bf16 = data.y_bf16;
+    a.y_int8 = data.y_int8;
+    a.y_scale = data.y_scale;
+    return a;
+}
+
+static linear_args make_linear_args(const step & s, const step_data & data) {
+    linear_args a{};
+    a.w = s.weight->data;
+    a.layout = layout_of(s.weight);
+    a.k = (int) s.weight->ne[0];
+    a.m = (int) s.weight->ne[1];
+    a.x = data.x;
+    a.x_type = s.x_type;
+    a.ldx = a.k;
+    if (a.layout == weight_layout::int8_panels) {
+        a.ldx = int8_row_bytes(s.x.tensor);
+        const size_t scales = int8_scales_offset(a.ldx, ggml_nrows(s.x.tensor));
+        a.x_scale = (const float *) ((const char *) a.x + scales);
+        a.w_scale = int8_scales(s.weight, a.w);
+        a.w_sum = int8_sums(s.weight, a.w);
+    }
+    a.bias = floats_of(s.bias);
+    a.act = s.act;
+    a.ldy = a.m;
+    return a;
+}
+
+// Threads take whole tiles. Few rows are divided into blocks of one tile.
+static int block_rows(const step & s, const linear_args & a, int n_rows, int n_threads) {
+    int block = rows_per_block;
+    if (!s.has_tail()) {
+        block *= std::max(1, max_block_bytes / (2 * a.k * rows_per_block));
+    }
+    if (n_threads > 1) {
+        const int tile = active_kernels().tile;
+        const int share = (n_rows + n_threads - 1) / n_threads;
+        block = std::min(block, (share + tile - 1) / tile * tile);
+    }
+    return block;
+}
+
+void run_linear(const step & s, const step_data & data, const parallel & workers) {
+    const kernel_table & set = active_kernels();
+    const int n_rows = (int) ggml_nrows(s.x.tensor);
+    linear_args linear = make_linear_args(s, data);
+    const int block = block_rows(s, linear, n_rows, workers.n_threads);
+    const int n_blocks = (n_rows + block - 1) / block;
+    if (!s.has_tail()) {
+        linear.y = data.y;
+        linear.y_bf16 = data.y_bf16;
+        workers.threads.parallel_for(n_blocks, workers.n_threads, [&](int i, int) {
+            set.linear(linear, i * block, std::min(n_rows, (i + 1) * block));
+        });
+        return;
+    }
+    const size_t block_size = (size_t) block * linear.m;
+    float * sums =
+        (float *) workers.scratch.reserve(block_size * workers.n_threads * sizeof(float));
+    const norm_args tail = make_norm_args(s, data);
+    workers.threads.parallel_for(n_blocks, workers.n_threads, [&](int i, int thread) {
+        const int row0 = i * block, row1 = std::min(n_rows, row0 + block);
+        linear_args to_sums = linear;
+        norm_args from_sums = tail;
+        // Both kernels count rows from the first row of the whole matrix.
+        to_sums.y = sums + thread * block_size - (size_t) row0 * linear.m;
+        from_sums.x = to_sums.y;
+        set.linear(to_sums, row0, row1);
+        set.norm(from_sums, row0, row1);
+    });
+}
+
+void run_norm(const step & s, const step_data & data, int row0, int row1) {
+    norm_args a = make_norm_args(s, data);
+    a.x = (const float *) data.x;
+    active_kernels().norm(a, row0, row1);
+}
+
+// ----------------------------------------------------------------------------------- attention
+
+// The strides of an operand, in elements: from a token to the next, and from a head to the next.
+static void set_strides(const operand & from, ptrdiff_t & row, ptrdiff_t & head) {
+    const ggml_tensor * t = from.tensor;
+    if (from.gathered) {
+        row = t->ne[2] * t->ne[0];
+        head = t->ne[0];
+    } else {
+        row = t->nb[1] / ggml_type_size(t->type);
+        head = t->nb[2] / ggml_type_size(t->type);
+    }
+}
+
+// ALiBi: each head multiplies the mask by a slope of its own.
+static float alibi_slope(int head, int n_heads, float max_bias) {
+    if (max_bias <= 0) {
+        return 1;
+    }
+    const int power_of_two = 1 << (int) std::floor(std::log2(n_heads));
+    const float base0 = std::exp2(-max_bias / power_of_two);
+    const float base1 = std::exp2(-max_bias / 2 / power_of_two);
+    return head < power_of_two ? std::pow(base0, head + 1)
+                               : std::pow(base1, 2 * (head - power_of_two) + 1);
+}
+
+void run_attention(const step & s, const step_data & data, const std::vector<segment> & segments,
+                   const parallel & workers) {
+    const kernel_table & set = active_kernels();
+    const ggml_tensor *q = s.node->src[0], *k = s.node->src[1], *v = s.node->src[2],
+                      *mask = s.node->src[3];
+    attention_args a{};
+    a.scale = param<float>(s.node, 0);
+    const float max_bias = param<float>(s.node, 1);
+    a.softcap = param<float>(s.node, 2);
+    a.q = data.x;
+    a.k = data.k;
+    a.v = data.v;
+    a.type = s.x_type;
+    set_strides(s.x, a.q_row, a.q_head);
+    set_strides(s.k, a.k_row, a.k_head);
+    set_strides(s.v, a.v_row, a.v_head);
+    a.d_k = (int) q->ne[0];
+    a.d_v = (int) v->ne[0];
+    a.heads_per_kv = (int) (q->ne[2] / k->ne[2]);
+    a.y = data.y;
+    a.y_bf16 = data.y_bf16;
+    a.y_head = a.d_v;
+    a.y_row = a.d_v * q->ne[2];
+    if (mask) {
+        a.mask = (const uint16_t *) mask->data;
+        a.mask_row = mask->nb[1] / 2;
+    }
+
+    int max_keys = 0;
+    for (const segment & part : segments) {
+        max_keys = std::max(max_keys, part.key1 - part.key0);
+    }
+    const size_t thread_bytes = (set.attention_scratch(a.d_k, a.d_v, max_keys) + 63) / 64 * 64;
+    char * scratch = workers.scratch.reserve(thread_bytes * workers.n_threads);
+    const int n_heads = (int) q->ne[2];
+    const auto attend = [&](int i, int thread) {
+        attention_args one = a;
+        one.scratch = scratch + thread * thread_bytes;
+        one.slope = alibi_slope(i % n_heads, n_heads, max_bias);
+        set.attention(one, segments[i / n_heads], i % n_heads);
+    };
+    workers.threads.parallel_for((int) segments.size() * n_heads, workers.n_threads, attend);
+}
+
+// ------------------------------------------------------------------------- operations row by row
+
+void run_gate(const step & s, const step_data & data, int row0, int row1) {
+    const kernel_table & set = active_kernels();
+    const bool is_glu = s.node->op == GGML_OP_GLU;
+    const ggml_tensor * b = is_glu ? s.node->src[1] : nullptr;
+    const int64_t n = s.out->ne[0];
+    for (int64_t row = row0; row < row1; row++) {
+        const float * left = (const float *) data.x + row * s.x.tensor->ne[0];
+        const float * right = b ? (const float *) b->data + row * n : nullptr;
+        if (is_glu && !b) {  // one tensor holds both halves
+            const bool swapped = param<int32_t>(s.node, 1) != 0;
+            right = left + (swapped ? 0 : n);
+            left += swapped ? n : 0;
+        }
+        set.gate(s.act, left, right, data.y ? data.y + row * n : nullptr,
+                 data.y_bf16 ? data.y_bf16 + row * n : nullptr, n);
+    }
+}
+
+void run_binary(const step & s, const step_data & data, int row0, int row1) {
+    const kernel_table & set = active_kernels();
+    const auto apply = s.node->op == GGML_OP_ADD ? set.add : set.mul;
+    const ggml_tensor * b = s.node->src[1];
+    const int64_t n = s.out->ne[0], b_stride = ggml_nrows(b) == 1 ? 0 : n;
+    for (int64_t row = row0; row < row1; row++) {
+        apply((const float *) data.x + row * n, (const float *) b->data + row * b_stride,
+              data.y + row * n, n);
+    }
+}
+
+void run_scale(const step & s, const step_data & data, int row0, int row1) {
+    const float factor = param<float>(s.node, 0), shift = param<float>(s.node, 1);
+    const int64_t n = s.out->ne[0];
+    for (int64_t i = row0 * n; i < row1 * n; i++) {
+        data.y[i] = ((const float *) data.x)[i] * factor + shift;
+    }
+}
+
+void run_get_rows(const step & s, const step_data & data, int row0, int row1) {
+    const int32_t * ids = (const int32_t *) s.node->src[1]->data;
+    const int64_t n = s.out->ne[0];
+    for (int64_t row = row0; row < row1; row++) {
+        std::memcpy(data.y + row * n, (const float *) data.x + ids[row] * n, n * sizeof(float));
+    }
+}
+
+// Row number `row` of a tensor with any strides.
+static const char * row_of(const ggml_tensor * t, int64_t row) {
+    const int64_t i1 = row % t->ne[1], i2 = row / t->ne[1] % t->ne[2],
+                  i3 = row / t->ne[1] / t->ne[2];
+    return (const char *) t->data + i1 * t->nb[1] + i2 * t->nb[2] + i3 * t->nb[3];
+}
+
+void run_copy(const step & s, const step_data & data, int row0, int row1) {
+    const ggml_tensor * x = s.x.tensor;
+    const int64_t n = s.out->ne[0];
+    for (int64_t row = row0; row < row1; row++) {
+        const char * from = row_of(x, row);
+        for (int64_t i = 0; i < n; i++) {
+            const float value = *(const float *) (from + i * x->nb[0]);
+            if (s.out->type == GGML_TYPE_F32) {
+                data.y[row * n + i] = value;
+            } else {
+                ((ggml_fp16_t *) s.out->data)[row * n + i] = ggml_fp32_to_fp16(value);
+            }
+        }
+    }
+}
+
+static float value_at(const ggml_tensor * t, const char * at) {
+    return t->type == GGML_TYPE_F32 ? *(const float *) at
+                                    : ggml_fp16_to_fp32(*(const ggml_fp16_t *) at);
+}
+
+// The slot of these two is of float32 or of bf16, as `x_type` says.
+static void store_as(data_type type, void * slot, size_t index, float value) {
+    if (type == data_type::f32) {
+        ((float *) slot)[index] = value;
+    } else {
+        ((uint16_t *) slot)[index] = ggml_fp32_to_bf16(value).bits;
+    }
+}
+
+void run_convert(const step & s, const step_data & data, int row0, int row1) {
+    const ggml_tensor * x = s.x.tensor;
+    const int64_t n = s.out->ne[0];
+    if (data.y_int8) {
+        return run_norm(s, data, row0, row1);  // which quantizes, here without a norm
+    }
+    if (x->type == GGML_TYPE_F32) {
+        return active_kernels().to_bf16((const float *) x->data + row0 * n, data.y_bf16 + row0 * n,
+                                        (row1 - row0) * n);
+    }
+    for (int64_t i = row0 * n; i < row1 * n; i++) {
+        const float value = ggml_fp16_to_fp32(((const ggml_fp16_t *) x->data)[i]);
+        store_as(s.x_type, data.y_bf16, i, value);
+    }
+}
+
+void run_gather(const step & s, const step_data & data, int row0, int row1) {
+    const ggml_tensor * x = s.x.tensor;
+    const size_t size = ggml_type_size(x->type);
+    const int64_t n = s.out->ne[0];
+    for (int64_t row = row0; row < row1; row++) {
+        const char * from = row_of(x, row);
+        const size_t to = (row % x->ne[1] * x->ne[2] + row / x->ne[1]) * n;
+        for (int64_t i = 0; i < n; i++) {
+            store_as(s.x_type, data.y_bf16, to + i, value_at(x, from + i * size));
+        }
+    }
+}
+
+// Rotate the heads of one token.
+static void rotate_token(const ggml_tensor * node, int token, float * out) {
+    const ggml_tensor * x = node->src[0];
+    const int n_dims = param<int32_t>(node, 1);
+    const bool neox = param<int32_t>(node, 2) == GGML_ROPE_TYPE_NEOX;
+    const float base = param<float>(node, 5), frequency = param<float>(node, 6),
+                magnitude = param<float>(node, 8);
+    const int heads = (int) x->ne[1], n = (int) x->ne[0], half = n_dims / 2;
+    const float step = std::pow(base, -2.0f / n_dims);
+    float theta = (float) ((const int32_t *) node->src[1]->data)[token];
+    float sines[256], cosines[256];
+    for (int i = 0; i < half; i++) {
+        cosines[i] = std::cos(theta * frequency) * magnitude;
+        sines[i] = std::sin(theta * frequency) * magnitude;
+        theta *= step;
+    }
+    for (int head = 0; head < heads; head++) {
+        const float * from =
+            (const float *) ((const char *) x->data + token * x->nb[2] + head * x->nb[1]);
+        float * to = out + head * n;
+        if (neox) {  // the two values of a pair are `half` apart
+            for (int i = 0; i < half; i++) {
+                const float a = from[i], b = from[i + half];
+                to[i] = a * cosines[i] - b * sines[i];
+                to[i + half] = a * sines[i] + b * cosines[i];
+            }
+        } else {
+            for (int i = 0; i < half; i++) {
+                const float a = from[2 * i], b = from[2 * i + 1];
+                to[2 * i] = a * cosines[i] - b * sines[i];
+                to[2 * i + 1] = a * sines[i] + b * cosines[i];
+            }
+        }
+        std::copy(from + n_dims, from + n, to + n_dims);
+    }
+}
+
+void run_rope(const step & s, const step_data & data, int row0, int row1) {
+    // The heads of a token are rows of the tensor, and share their angles.
+    const int64_t heads = s.out->ne[1], width = heads * s.out->ne[0];
+    const kernel_table & set = active_kernels();
+    std::vector<float> token(width);
+    for (int64_t row = (row0 + heads - 1) / heads; row * heads < row1; row++) {
+        rotate_token(s.node, (int) row, token.data());
+        if (data.y) {
+            std::memcpy(data.y + row * width, token.data(), width * sizeof(float));
+        }
+        if (data.y_bf16) {
+            set.to_bf16(token.data(), data.y_bf16 + row * width, width);
+        }
+    }
+}
+
+void run_pool(const step & s, const step_data & data, int row0, int row1) {
+    const ggml_tensor * weights = s.node->src[1];
+    const ggml_tensor * x = s.x.tensor;
+    const int64_t n = s.out->ne[0], n_tokens = weights->ne[0];
+    // `x` holds the rows of tokens if the copy that transposes them is left out.
+    const bool transposed = x == s.node->src[0];
+    const int64_t token_stride = transposed ? 1 : n, value_stride = transposed ? x->ne[0] : 1;
+    for (int64_t row = row0; row < row1; row++) {
+        const float * weight = (const float *) weights->data + row * n_tokens;
+        float * sum = data.y + row * n;
+        std::memset(sum, 0, n * sizeof(float));
+        for (int64_t t = 0; t < n_tokens; t++) {
+            if (weight[t] == 0) {  // most are: those of the tokens of other texts
+                continue;
+            }
+            const float * values = (const float *) x->data + t * token_stride;
+            for (int64_t i = 0; i < n; i++) {
+                sum[i] += weight[t] * values[i * value_stride];
+            }
+        }
+    }
+}
+
+}  // namespace llamacrab::kernels
