@@ -6,7 +6,7 @@ import functools
 import logging
 from typing import TYPE_CHECKING
 
-from llamacrab._core import PoolingType, VocabType
+from llamacrab._core import PoolingType, VocabType, kernels, kernels_have_int8
 from llamacrab._support.versions import GPU_BACKENDS, compiled_in
 from llamacrab.tuning import has_gpu
 
@@ -48,6 +48,8 @@ def _doubts(model: Model, pooling_type: PoolingType, n_ctx: int) -> Iterator[str
             f"pooling {pooling_type.name} contradicts the GGUF, which says {own.name}: leave "
             "pooling_type out unless you know better"
         )
+    if (complaint := _missing_int8(model)) is not None:
+        yield complaint
     vocab = model.vocab
     # BERT's vocabularies are closed by SEP whatever the flags say.
     if vocab.vocab_type in (VocabType.NONE, VocabType.WPM) or vocab.eos is None or vocab.suffix_ids:
@@ -58,3 +60,21 @@ def _doubts(model: Model, pooling_type: PoolingType, n_ctx: int) -> Iterator[str
             "(tokenizer.ggml.add_eos_token), as old conversions do not: if it was trained so, "
             f"convert it anew or pass end_token={vocab.eos}"
         )
+
+
+def _missing_int8(model: Model) -> str | None:
+    """Return why products are not in 8 bits though that was asked for."""
+    n_matrices = sum(model.ffn_types.values())
+    if not model.wants_int8 or model.n_int8_matrices >= max(1, n_matrices):
+        return None
+    if not kernels_have_int8():
+        return (
+            f'cpu_backend="int8" has no effect on this CPU: its kernels ({kernels()}) multiply no '
+            'matrices in 8 bits, so the model is computed as with "llamacrab"'
+        )
+    types = ", ".join(f"{n} {kind}" for kind, n in sorted(model.ffn_types.items()))
+    return (
+        f'cpu_backend="int8" takes {model.n_int8_matrices} of {n_matrices} feed-forward matrices '
+        f"({types}): it takes F32, F16, BF16 and Q8_0 of 64 to 8192 columns, in a multiple of 4. "
+        "Use a file of such a type"
+    )

@@ -308,3 +308,32 @@ def test_auto_takes_encoders_where_the_cpu_multiplies_bf16(monkeypatch):
 def test_an_unknown_backend_is_refused():
     with pytest.raises(ModelError, match="cpu_backend must be"):
         Llama(gguf_path("tiny-bert"), cpu_backend="cuda")
+
+
+def test_the_backend_keeps_pipelines_over_gpus_and_refuses_views_of_packed_weights():
+    assert _core._complaint_about_backend() == ""
+
+
+def test_a_node_that_is_not_to_be_computed_keeps_its_value():
+    assert check("skipped", rows=13, width=64) < TYPES[F32]
+
+
+def test_products_in_8_bits_are_reported_as_they_are(caplog, tmp_path):
+    with Llama(fetch_default_model("q8_0"), cpu_backend="int8") as llama:
+        model = llama.model
+        assert model.ffn_types == {"Q8_0": 12}
+        assert model.wants_int8
+        if _core.kernels_have_int8():
+            assert (model.cpu_backend, model.n_int8_matrices) == ("int8", 12)
+            assert "int8" not in caplog.text
+        else:
+            assert (model.cpu_backend, model.n_int8_matrices) == ("llamacrab", 0)
+            assert 'cpu_backend="int8" has no effect on this CPU' in caplog.text
+
+
+def test_a_file_whose_matrices_are_too_narrow_for_8_bits_says_so(caplog):
+    with Llama(gguf_path("tiny-bert"), cpu_backend="int8") as llama:
+        assert (llama.model.cpu_backend, llama.model.n_int8_matrices) == ("llamacrab", 0)
+    assert 'cpu_backend="int8"' in caplog.text
+    if _core.kernels_have_int8():
+        assert "takes 0 of 4 feed-forward matrices (4 F32)" in caplog.text

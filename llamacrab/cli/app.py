@@ -508,12 +508,10 @@ def info(path: Path | None, show_devices: bool) -> None:
 @click.option(
     "--outtype",
     type=click.Choice(OUTTYPES),
-    default="bf16",
-    show_default=True,
-    help="Type of the matrices.",
+    help="Type of the matrices.  [default: bf16 or f16, whichever is faster on this CPU]",
 )
 @click.option("--force", is_flag=True, help="Convert again even if it is there.")
-def fetch(outtype: str, force: bool) -> None:
+def fetch(outtype: str | None, force: bool) -> None:
     """Fetch the default model, so that it is there without a network."""
     there = default_model_path(outtype).is_file() and not force
     path = fetch_default_model(outtype, overwrite=force)

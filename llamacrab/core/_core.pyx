@@ -63,6 +63,7 @@ cdef extern from "Python.h":
 include "log.pyx"
 include "vocab.pyx"
 include "tokenization.pyx"
+include "gguf.pyx"
 include "model.pyx"
 include "batch.pyx"
 include "context.pyx"

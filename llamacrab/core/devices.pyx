@@ -30,6 +30,16 @@ def kernels():
     return None if name == NULL else name.decode()
 
 
+def kernels_preferred():
+    """Return whether the kernels in use are faster than ggml's, so that models use them."""
+    return native.prefer_kernels()
+
+
+def kernels_have_int8():
+    """Return whether the kernels in use multiply 8-bit matrices, as ``cpu_backend="int8"`` asks."""
+    return native.have_int8()
+
+
 def _compare_with_ggml(str kind, dict fields):
     """Compare the kernels with ggml's on a small graph, for tests.
 
@@ -48,6 +58,11 @@ def _compare_with_ggml(str kind, dict fields):
     with nogil:
         difference = native.compare_with_ggml(name, values)
     return difference
+
+
+def _complaint_about_backend():
+    """Return what is wrong with how the kernels present themselves to llama.cpp, for tests."""
+    return (<bytes>native.complaint_about_backend()).decode()
 
 
 def _check_thread_pool(list sizes):

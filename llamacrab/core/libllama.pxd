@@ -216,6 +216,7 @@ cdef extern from "gguf.h" nogil:
     void gguf_free(gguf_context *ctx)
     int64_t gguf_get_n_tensors(const gguf_context *ctx)
     const char *gguf_get_tensor_name(const gguf_context *ctx, int64_t tensor_id)
+    const char *ggml_type_name(ggml_type type)
     ggml_type gguf_get_tensor_type(const gguf_context *ctx, int64_t tensor_id)
     int64_t gguf_find_key(const gguf_context *ctx, const char *key)
     int64_t gguf_find_tensor(const gguf_context *ctx, const char *name)

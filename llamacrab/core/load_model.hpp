@@ -7,10 +7,12 @@
 namespace llamacrab {
 
 inline llama_model * load_model(const char * path, llama_model_params params,
-                                kernels::cpu_backend backend) {
+                                kernels::cpu_backend backend, int & n_int8_matrices) {
     const throwing_asserts scope;
     const kernels::loading_for loading(backend);
-    return llama_model_load_from_file(path, params);
+    llama_model * model = llama_model_load_from_file(path, params);
+    n_int8_matrices = loading.n_int8_matrices();
+    return model;
 }
 
 }  // namespace llamacrab

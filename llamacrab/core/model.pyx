@@ -88,7 +88,10 @@ cdef class Model:
     cdef dict _metadata
     cdef object _made  # what pickle makes it of again
     cdef frozenset _head_tensors
-    cdef readonly str cpu_backend  #: "ggml", "llamacrab" or "int8"
+    cdef readonly str cpu_backend  #: what computes: "ggml", "llamacrab" or "int8"
+    cdef readonly bint wants_int8  #: whether "int8" was asked for
+    cdef readonly int n_int8_matrices  #: matrices in 8 bits
+    cdef dict _ffn_types
 
     def __init__(self, path, *, int n_gpu_layers=-1, int main_gpu=0, split_mode=SplitMode.LAYER,
                  device=None, bint use_mmap=True, bint use_mlock=False, bint check_tensors=False,
@@ -99,7 +102,7 @@ cdef class Model:
             split_mode=split_mode, device=device, use_mmap=use_mmap, use_mlock=use_mlock,
             check_tensors=check_tensors, cpu_backend=cpu_backend)
         sync_log_level()
-        self._head_tensors, suits = _read_header(self.path)
+        self._head_tensors, suits, self._ffn_types = _read_header(self.path)
         cdef c.llama_model_params params = c.llama_model_default_params()
         cdef int mode = SplitMode(split_mode)
         params.n_gpu_layers = n_gpu_layers
@@ -116,6 +119,7 @@ cdef class Model:
             params.devices = chosen
             has_gpu = chosen[0] != NULL
         self.cpu_backend = _choose_backend(cpu_backend, suits, has_gpu and n_gpu_layers != 0)
+        self.wants_int8 = self.cpu_backend == "int8"
         cdef native.cpu_backend backend = _backend_value(self.cpu_backend)
         if self.cpu_backend != "ggml" and not has_gpu:
             # "All layers", without a GPU, makes llama.cpp put each norm on ggml's CPU code.
@@ -131,9 +135,10 @@ cdef class Model:
         cdef const char *chars = name
         cdef _ModelHandle handle = _ModelHandle()
         c.log_take_errors()
+        cdef int n_int8 = 0
         try:
             with nogil:
-                handle.ptr = native.load_model(chars, params, backend)
+                handle.ptr = native.load_model(chars, params, backend, n_int8)
         except MemoryError:
             raise AllocationError(f"not enough memory to load {self.path}") from None
         PyErr_CheckSignals()  # loading may have taken long
@@ -149,6 +154,9 @@ cdef class Model:
             for i in range(c.llama_model_meta_count(handle.ptr))
         }
         self._vocab = Vocab.of(handle, self._metadata)
+        self.n_int8_matrices = n_int8
+        if self.cpu_backend == "int8" and n_int8 == 0:
+            self.cpu_backend = "llamacrab"  # which is what it computes as
         self._handle = handle
 
     cdef _ModelHandle handle(self):
@@ -242,6 +250,11 @@ cdef class Model:
         return "position_embd.weight" in self._head_tensors
 
     @property
+    def ffn_types(self):
+        """Feed-forward matrices by their type, such as ``{"Q4_K": 12, "Q6_K": 6}``."""
+        return dict(self._ffn_types)
+
+    @property
     def n_ctx_train(self):
         """Tokens of the longest text that the model was trained on."""
         return c.llama_model_n_ctx_train(self.handle().ptr)
@@ -317,99 +330,6 @@ cdef str _meta_string(_ModelHandle handle, int32_t i, bint value):
     return (<bytes>text).decode("utf-8", "replace")
 
 
-_CONVERT = "`llamacrab convert {} -o model.gguf` makes a GGUF of a model from Hugging Face"
-
-
-cdef str _if_on_a_hub(str path):
-    """Return what to do with a name such as "owner/model", empty for what looks like a path."""
-    owner, _, name = path.partition("/")
-    if not owner or not name or "/" in name or os.path.isdir(owner) or name.endswith(".gguf"):
-        return ""
-    return (
-        ": nothing is downloaded by name. Download its GGUF, or its folder: "
-        + _CONVERT.format("FOLDER")
-    )
-
-
-cdef str _in_folder(str path):
-    """Return what to do with a folder that is given as a model."""
-    files = sorted(os.listdir(path))
-    ggufs = [name for name in files if name.endswith(".gguf")]
-    if ggufs:
-        first = os.path.join(path, ggufs[0])
-        return f"pass {first}" + (f", the first of its {len(ggufs)} files" if ggufs[1:] else "")
-    return _CONVERT.format(path) if "config.json" in files else "pass the path of a GGUF file"
-
-
-cdef tuple _read_header(str path):
-    """Return the tensors that shape how a model may be used, and whether our kernels suit it.
-
-    llama.h does not tell whether a model has a rank head or a table of positions, and both decide
-    what must be refused before llama.cpp asserts or returns something else.
-    """
-    try:
-        with open(path, "rb") as file:
-            magic = file.read(4)
-    except FileNotFoundError:
-        raise ModelNotFoundError(f"no model file at {path}{_if_on_a_hub(path)}") from None
-    except (OSError, ValueError) as error:
-        if os.path.isdir(path):  # on Windows this is a PermissionError
-            raise ModelError(f"{path} is a folder: {_in_folder(path)}") from None
-        raise ModelError(f"cannot read {path}: {error}") from None
-    if magic != b"GGUF":
-        advice = f". {_CONVERT.format(os.path.dirname(path) or '.')}"
-        raise ModelFormatError(
-            f"{path} is not a GGUF: it starts with {magic!r}, not b'GGUF'"
-            + advice * path.endswith((".safetensors", ".bin"))
-        )
-    cdef c.gguf_init_params params
-    params.no_alloc = True
-    cdef bytes name = os.fsencode(path)
-    cdef const char *chars = name
-    cdef c.gguf_context *header
-    c.log_take_errors()
-    with nogil:
-        header = c.gguf_init_from_file(chars, params)
-    if header == NULL:
-        raise ModelCorruptError(f"the header of {path} is damaged: {_native_errors()}")
-    try:
-        if (fault := _fault_in(header)) is not None:
-            raise ModelCorruptError(f"the header of {path} is damaged: {fault}")
-        names = {
-            c.gguf_get_tensor_name(header, i).decode("utf-8", "replace")
-            for i in range(c.gguf_get_n_tensors(header))
-        }
-        suits = _suits_kernels(header)
-    finally:
-        c.gguf_free(header)
-    return frozenset(names & {"cls.weight", "cls.output.weight", "position_embd.weight"}), suits
-
-
-# Encoders, whose whole graph the kernels take, or all but a few small nodes of it.
-_KERNEL_ARCHS = frozenset({
-    b"bert", b"nomic-bert", b"nomic-bert-moe", b"jina-bert-v2", b"jina-bert-v3", b"modern-bert",
-    b"neo-bert", b"eurobert",
-})
-
-
-cdef bint _suits_kernels(const c.gguf_context *header):
-    """Return whether our kernels are faster for a model, and lose nothing of its weights.
-
-    Those of f16 would be rounded to bf16; other types stay with ggml's code, and split the graph.
-    """
-    cdef int64_t i, key = c.gguf_find_key(header, b"general.architecture")
-    if key < 0 or c.gguf_get_kv_type(header, key) != c.GGUF_TYPE_STRING:
-        return False
-    if c.gguf_get_val_str(header, key) not in _KERNEL_ARCHS:
-        return False
-    for i in range(c.gguf_get_n_tensors(header)):
-        kind = c.gguf_get_tensor_type(header, i)
-        if (c.gguf_get_tensor_name(header, i).startswith(b"blk.")
-                and kind not in (c.GGML_TYPE_F32, c.GGML_TYPE_BF16, c.GGML_TYPE_Q8_0)):
-            return False
-    return True
-
-
 CPU_BACKENDS = ("auto", "llamacrab", "ggml", "int8")
 
 
@@ -437,87 +357,6 @@ cdef native.cpu_backend _backend_value(str name):
     if name == "llamacrab":
         return native.cpu_backend.llamacrab
     return native.cpu_backend.int8 if name == "int8" else native.cpu_backend.ggml
-
-
-cdef object _fault_in(const c.gguf_context *header):
-    """Return what is wrong in a header that llama.cpp would assert on or crash with, or None."""
-    cdef int64_t i, key = c.gguf_find_key(header, b"general.architecture")
-    cdef bytes arch = b""
-    if key >= 0 and c.gguf_get_kv_type(header, key) == c.GGUF_TYPE_STRING:
-        arch = c.gguf_get_val_str(header, key)
-    key = c.gguf_find_key(header, arch + b".block_count")
-    if key >= 0 and c.gguf_get_kv_type(header, key) == c.GGUF_TYPE_UINT32:
-        n_layers = c.gguf_get_val_u32(header, key)
-        if not 1 <= n_layers <= 512:  # LLAMA_MAX_LAYERS
-            return f"it says that the model has {n_layers} layers"
-    if (fault := _contradiction_in(header, arch)) is not None:
-        return fault
-    for name in (b"layer_norm_epsilon", b"layer_norm_rms_epsilon"):
-        key = c.gguf_find_key(header, arch + b".attention." + name)
-        if key >= 0 and c.gguf_get_kv_type(header, key) == c.GGUF_TYPE_FLOAT32:
-            epsilon = c.gguf_get_val_f32(header, key)
-            if not epsilon >= 0:
-                return f"{name.decode()} is {epsilon}"
-    key = c.gguf_find_key(header, b"tokenizer.ggml.tokens")
-    if (key >= 0 and c.gguf_get_kv_type(header, key) == c.GGUF_TYPE_ARRAY
-            and c.gguf_get_arr_type(header, key) == c.GGUF_TYPE_STRING):
-        seen = set()
-        for i in range(c.gguf_get_arr_n(header, key)):
-            token = <bytes>c.gguf_get_arr_str(header, key, i)
-            if token and token in seen:
-                return f"the vocabulary holds the token {token.decode('utf-8', 'replace')!r} twice"
-            seen.add(token)
-    for i in range(c.gguf_get_n_tensors(header)):
-        if c.GGML_TYPE_I8 <= <int>c.gguf_get_tensor_type(header, i) <= c.GGML_TYPE_F64:
-            name = c.gguf_get_tensor_name(header, i).decode("utf-8", "replace")
-            return f"the tensor {name} holds integers or doubles, which llama.cpp does not multiply"
-    return None
-
-
-cdef object _contradiction_in(const c.gguf_context *header, bytes arch):
-    """Return which numbers llama.cpp would assert on once it computes, or None.
-
-    Those that it asserts on earlier become exceptions by themselves: native/llama_guard.hpp.
-    """
-    cdef int64_t n_rot = _number(header, arch + b".rope.dimension_count", -1)
-    cdef int64_t n_embd = _number(header, arch + b".embedding_length", 0)
-    cdef int64_t n_out = _number(header, arch + b".embedding_length_out", n_embd)
-    cdef int64_t n_heads = _number(header, arch + b".attention.head_count", 0)
-    cdef int64_t head = _number(header, arch + b".attention.key_length", 0)
-    cdef int64_t n_layers = _number(header, arch + b".block_count", 0)
-    if arch == b"modern-bert":
-        # Unsaid, the first is 0 and the second the first. A list could hold a 0 anywhere, and no
-        # model of this family has one.
-        for name, unsaid in ((b"head_count", 0), (b"head_count_kv", 1)):
-            name = arch + b".attention." + name
-            if _number(header, name, 0 if c.gguf_find_key(header, name) >= 0 else unsaid) == 0:
-                return f"{name.decode()} is 0 or no number"
-    if head == 0 and n_heads > 0:
-        head = n_embd // n_heads
-    if n_rot != -1 and head > 0 and not (0 < n_rot <= head and n_rot % 2 == 0):
-        return f"positions rotate {n_rot} of a head's {head} values"
-    if n_out > n_embd and (arch == b"gemma-embedding"
-                           or c.gguf_find_tensor(header, b"dense_2.weight") < 0):
-        return f"rows have {n_out} values, but no matrix makes them of {n_embd}"
-    # Both need layers of two kinds, as the mask of one that no layer uses gets no memory.
-    cdef int64_t every = 1
-    if arch == b"gemma-embedding":
-        every = _number(header, arch + b".attention.sliding_window_pattern", 6)
-    elif arch == b"modern-bert" and _number(header, arch + b".attention.sliding_window", 0) > 0:
-        every = min(2, _number(header, arch + b".attention.sliding_window_pattern", 3))
-    else:
-        return None
-    if not 2 <= every <= n_layers:
-        return f"of {n_layers} layers, all or none look at a window only"
-    return None
-
-
-cdef int64_t _number(const c.gguf_context *header, bytes name, int64_t default):
-    """Return a number of the header, `default` where there is none."""
-    cdef int64_t key = c.gguf_find_key(header, name)
-    if key < 0 or c.gguf_get_kv_type(header, key) != c.GGUF_TYPE_UINT32:
-        return default
-    return c.gguf_get_val_u32(header, key)
 
 
 cdef object _load_error(str path, str reason):

@@ -40,6 +40,7 @@ cdef extern from "kernels/kernels.hpp" namespace "llamacrab::kernels" nogil:
         int8
 
     const char *active_kernels "llamacrab::kernels::active_name"()
+    cbool have_int8()
     cbool prefer_kernels "llamacrab::kernels::preferred_over_ggml"()
     void install_kernels "llamacrab::kernels::install"() except +
 
@@ -49,6 +50,7 @@ cdef extern from "kernels/testing/compare_with_ggml.hpp" namespace "llamacrab::k
         vector[int] numbers
         string word
 
+    string complaint_about_backend() except +
     double compare_with_ggml(const string &kind, const cppmap[string, field_value] &fields) except +
 
 
@@ -59,7 +61,8 @@ cdef extern from "native/llama_guard.hpp" namespace "llamacrab" nogil:
 
 cdef extern from "core/load_model.hpp" namespace "llamacrab" nogil:
     llama_model *load_model(
-        const char *path, llama_model_params params, cpu_backend backend) except +
+        const char *path, llama_model_params params, cpu_backend backend,
+        int &n_int8_matrices) except +
 
 
 cdef extern from "native/tokenization.hpp" namespace "llamacrab" nogil:

@@ -76,11 +76,17 @@ class planner {
 
     const ggml_tensor * node_at(int i) const { return graph->nodes[i]; }
 
-    // The next node that computes something.
+    // The next node that computes something. At one that is not to be computed a fused step ends:
+    // its result stays as it is, so what comes after it does not belong to what came before.
     int next(int i) const {
         for (i++; i < graph->n_nodes && is_view(graph->nodes[i]); i++) {
         }
-        return i;
+        return i < graph->n_nodes && is_wanted(graph->nodes[i]) ? i : graph->n_nodes;
+    }
+
+    // As ggml-cpu does, which skips the others.
+    static bool is_wanted(const ggml_tensor * node) {
+        return (node->flags & GGML_TENSOR_FLAG_COMPUTE) != 0;
     }
 
     int n_uses(const ggml_tensor * t) const {
@@ -503,7 +509,8 @@ plan planner::make() {
                                             layout_of(w) != weight_layout::f32_panels);
     }
     for (int i = 0; i < graph->n_nodes; i++) {
-        if (!is_view(node_at(i)) && !ggml_is_empty(node_at(i))) {
+        const ggml_tensor * node = node_at(i);
+        if (!is_view(node) && !ggml_is_empty(node) && is_wanted(node)) {
             i = plan_node(i);
         }
     }

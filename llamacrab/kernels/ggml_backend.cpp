@@ -29,10 +29,20 @@ static int & loading() {
     return value;
 }
 
-loading_for::loading_for(cpu_backend wanted) : before(loading()) { loading() = (int) wanted; }
+// Matrices that this thread has packed in 8 bits.
+static int & int8_matrices() {
+    static thread_local int value = 0;
+    return value;
+}
+
+loading_for::loading_for(cpu_backend wanted) : before(loading()), int8_before(int8_matrices()) {
+    loading() = (int) wanted;
+}
 loading_for::~loading_for() { loading() = before; }
+int loading_for::n_int8_matrices() const { return int8_matrices() - int8_before; }
 
 const char * active_name() { return active_kernels().name; }
+bool have_int8() { return active_kernels().int8; }
 bool preferred_over_ggml() { return active_kernels().bf16; }
 
 // ------------------------------------------------------------------------------------- buffers
@@ -66,14 +76,26 @@ static bool rows_of(const ggml_tensor * w, size_t offset, size_t size, int64_t &
     return offset % row == 0 && size % row == 0;
 }
 
+// A view has the shape and the offset of a part in ggml's layout, which say nothing about where
+// that part lies in panels.
+static weight_layout layout_of_whole(const ggml_tensor * w) {
+    const weight_layout layout = layout_of(w->view_src ? w->view_src : w);
+    if (w->view_src && layout != weight_layout::unpacked) {
+        throw std::runtime_error(std::string("a view of ") + w->view_src->name +
+                                 " cannot be read or written: its weights are packed");
+    }
+    return layout;
+}
+
 static void set_tensor(ggml_backend_buffer_t, ggml_tensor * w, const void * data, size_t offset,
                        size_t size) {
-    const weight_layout layout = layout_of(w);
+    const weight_layout layout = layout_of_whole(w);
     int64_t row0, row1;
     if (layout == weight_layout::unpacked) {
         std::memcpy((char *) w->data + offset, data, size);
     } else if (rows_of(w, offset, size, row0, row1)) {
         pack_rows(w, layout, data, row0, row1, w->data);
+        int8_matrices() += layout == weight_layout::int8_panels && row0 == 0;
     } else {
         throw std::runtime_error(std::string("parts of rows of ") + w->name + " cannot be packed");
     }
@@ -81,7 +103,7 @@ static void set_tensor(ggml_backend_buffer_t, ggml_tensor * w, const void * data
 
 static void get_tensor(ggml_backend_buffer_t, const ggml_tensor * w, void * data, size_t offset,
                        size_t size) {
-    const weight_layout layout = layout_of(w);
+    const weight_layout layout = layout_of_whole(w);
     int64_t row0, row1;
     if (layout == weight_layout::unpacked) {
         std::memcpy(data, (const char *) w->data + offset, size);
@@ -148,6 +170,8 @@ static ggml_backend_t init_backend(ggml_backend_dev_t, const char *) {
     backend->iface.get_name = [](ggml_backend_t) { return name(); };
     backend->iface.free = free_backend;
     backend->iface.graph_compute = compute;
+    backend->iface.event_record = [](ggml_backend_t, ggml_backend_event_t) {};
+    backend->iface.event_wait = [](ggml_backend_t, ggml_backend_event_t) {};
     backend->device = &device;
     try {
         backend->context = new executor();
@@ -169,8 +193,16 @@ static ggml_backend_buffer_type_t device_buffer_type(ggml_backend_dev_t) {
     }
 }
 
+// A graph is computed when graph_compute returns, so an event has always happened. Without events
+// llama.cpp would give up pipelines over several GPUs, also for models that do not use this device.
+static ggml_backend_event_t new_event(ggml_backend_dev_t device) {
+    return new ggml_backend_event{device, nullptr};
+}
+
 static void device_props(ggml_backend_dev_t, ggml_backend_dev_props * props) {
     std::memset(props, 0, sizeof *props);
+    props->caps.async = true;
+    props->caps.events = true;
     props->name = name();
     props->description = active_kernels().name;
     props->type = GGML_BACKEND_DEVICE_TYPE_ACCEL;
@@ -223,6 +255,9 @@ void install() {
         return can_compute(node);
     };
     device.iface.supports_buft = supports_buffer_type;
+    device.iface.event_new = new_event;
+    device.iface.event_free = [](ggml_backend_dev_t, ggml_backend_event_t event) { delete event; };
+    device.iface.event_synchronize = [](ggml_backend_dev_t, ggml_backend_event_t) {};
     device.reg = &reg;
 
     reg.api_version = GGML_BACKEND_API_VERSION;

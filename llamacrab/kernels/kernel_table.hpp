@@ -94,6 +94,7 @@ struct attention_args {
 struct kernel_table {
     const char * name;
     bool bf16;  // multiplies bf16 activations
+    bool int8;  // multiplies 8-bit matrices, faster than others
     int tile;   // rows per call of a micro-kernel
     void (*linear)(const linear_args &, int row0, int row1);
     void (*norm)(const norm_args &, int row0, int row1);

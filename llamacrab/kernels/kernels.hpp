@@ -9,6 +9,9 @@ enum class cpu_backend : int { ggml, llamacrab, int8 };
 // The kernels in use, such as "avx512_bf16"; null if this build has none.
 const char * active_name();
 
+// Whether they multiply 8-bit matrices: if not, `int8` computes as `llamacrab` does.
+bool have_int8();
+
 // Whether they are faster than ggml's, so that a model should use them by default.
 bool preferred_over_ggml();
 
@@ -18,8 +21,12 @@ void install();
 // While it lives, this thread loads models for the given backend.
 class loading_for {
     const int before;
+    const int int8_before;
 
   public:
+    // Matrices that were packed in 8 bits since it was made.
+    int n_int8_matrices() const;
+
     explicit loading_for(cpu_backend wanted);
     ~loading_for();
     loading_for(const loading_for &) = delete;

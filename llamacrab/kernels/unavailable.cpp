@@ -6,12 +6,15 @@
 namespace llamacrab::kernels {
 
 const char * active_name() { return nullptr; }
+bool have_int8() { return false; }
 bool preferred_over_ggml() { return false; }
 void install() {}
 double compare_with_ggml(const std::string &, const std::map<std::string, field_value> &) {
     return -1;
 }
-loading_for::loading_for(cpu_backend) : before(0) {}
+std::string complaint_about_backend() { return ""; }
+loading_for::loading_for(cpu_backend) : before(0), int8_before(0) {}
 loading_for::~loading_for() { (void) before; }
+int loading_for::n_int8_matrices() const { return int8_before; }
 
 }  // namespace llamacrab::kernels

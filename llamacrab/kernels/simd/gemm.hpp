@@ -124,11 +124,11 @@ LC_INLINE void product_bf16(const uint16_t * w, const uint16_t * x, size_t ldx, 
 }
 #endif
 
+#if defined(__AVX512VNNI__)
 // Sums of uint8 times int8.
 template <int NT>
 LC_INLINE void product_int8(const int8_t * w, const uint8_t * x, size_t ldx, int k, int32_t * out,
                             const char * ahead) {
-#if defined(__AVX512VNNI__)
     __m512i a[NT], b[NT];
 #pragma GCC unroll 12
     for (int t = 0; t < NT; t++) {
@@ -154,21 +154,8 @@ LC_INLINE void product_int8(const int8_t * w, const uint8_t * x, size_t ldx, int
         _mm512_storeu_si512(out + t * panel_width, a[t]);
         _mm512_storeu_si512(out + t * panel_width + 16, b[t]);
     }
-#else
-    (void) ahead;
-    std::memset(out, 0, NT * panel_width * sizeof(int32_t));
-    for (int i = 0; i < k; i += 4) {
-        for (int t = 0; t < NT; t++) {
-            const uint8_t * four = x + t * ldx + i;
-            for (int j = 0; j < panel_width; j++) {
-                const int8_t * one = w + (size_t) i * 32 + j * 4;
-                out[t * panel_width + j] +=
-                    four[0] * one[0] + four[1] * one[1] + four[2] * one[2] + four[3] * one[3];
-            }
-        }
-    }
-#endif
 }
+#endif
 
 template <precision P = precision::f32>
 LC_INLINE vf activate(activation act, vf v) {
@@ -264,9 +251,11 @@ template <int NT>
 LC_INLINE void product(const linear_args & a, const char * panel, int row, float * sums,
                        const char * ahead = nullptr) {
     switch (a.layout) {
+#if defined(__AVX512VNNI__)
         case weight_layout::int8_panels:
             return product_int8<NT>((const int8_t *) panel, (const uint8_t *) a.x + row * a.ldx,
                                     a.ldx, a.k, (int32_t *) sums, ahead);
+#endif
 #if defined(__AVX512BF16__)
         case weight_layout::bf16_panels:
             return product_bf16<NT>((const uint16_t *) panel, (const uint16_t *) a.x + row * a.ldx,

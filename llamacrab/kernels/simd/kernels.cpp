@@ -8,11 +8,11 @@ namespace llamacrab::kernels {
 const kernel_table * LLAMACRAB_KERNEL_TABLE() {
     static constexpr kernel_table table = {
 #if defined(__AVX512BF16__)
-        "avx512_bf16", true,
+        "avx512_bf16", true,   true,
 #elif defined(__AVX2__)
-        "avx2", false,
+        "avx2", false,  false,
 #else
-        "generic", false,
+        "generic", false,  false,
 #endif
         tile,          linear, norm, attention_scratch, attention, to_bf16, add, mul, gate,
     };

@@ -350,6 +350,24 @@ struct copy_case : test_case {
     }
 };
 
+// A product, a sum that is not to be computed, and what reads that sum.
+struct skipped_case : test_case {
+    int rows, width;
+
+    void read(field_reader & f) override {
+        f.required("rows", rows);
+        f.required("width", width);
+    }
+
+    ggml_tensor * build(graph_builder & b) const override {
+        ggml_tensor * y = linear(b, b.result(width, rows), GGML_TYPE_F32, width, false);
+        ggml_set_output(y);  // so that the sum has memory of its own
+        ggml_tensor * sum = b.skipped(ggml_add(b.g(), y, b.row(width)), 2.0f);
+        ggml_set_output(sum);
+        return ggml_mul(b.g(), sum, b.row(width));
+    }
+};
+
 template <class T>
 static std::unique_ptr<test_case> make() {
     return std::make_unique<T>();
@@ -362,7 +380,7 @@ static std::unique_ptr<test_case> make_case(const std::string & kind, field_read
         {"rope", make<rope_case>},     {"glu", make<glu_case>},
         {"unary", make<unary_case>},   {"binary", make<binary_case>},
         {"pool", make<pool_case>},     {"get_rows", make<get_rows_case>},
-        {"copy", make<copy_case>},
+        {"copy", make<copy_case>},     {"skipped", make<skipped_case>},
     };
     const auto found = kinds.find(kind);
     if (found == kinds.end()) {
@@ -409,6 +427,48 @@ double compare_with_ggml(const std::string & kind,
         total += (double) wanted[i] * wanted[i];
     }
     return difference / total;
+}
+
+std::string complaint_about_backend() {
+    ggml_backend_dev_t device = ggml_backend_dev_by_name("llamacrab");
+    ggml_backend_dev_props props;
+    ggml_backend_dev_get_props(device, &props);
+    if (!props.caps.async || !props.caps.events) {
+        return "llama.cpp would give up pipelines over several GPUs";
+    }
+    ggml_backend_event_t event = ggml_backend_event_new(device);
+    if (!event) {
+        return "the device says that it has events, but gives none";
+    }
+    const std::unique_ptr<ggml_backend, void (*)(ggml_backend_t)> backend(
+        ggml_backend_dev_init(device, nullptr), ggml_backend_free);
+    ggml_backend_event_record(event, backend.get());
+    ggml_backend_event_wait(backend.get(), event);
+    ggml_backend_event_synchronize(event);
+    ggml_backend_event_free(event);
+
+    using context = std::unique_ptr<ggml_context, void (*)(ggml_context *)>;
+    const context c(ggml_init({ggml_tensor_overhead() * 4, nullptr, true}), ggml_free);
+    ggml_tensor * weight = ggml_new_tensor_2d(c.get(), GGML_TYPE_F32, 64, 64);
+    const loading_for scope(cpu_backend::llamacrab);
+    const std::unique_ptr<ggml_backend_buffer, void (*)(ggml_backend_buffer_t)> buffer(
+        ggml_backend_alloc_ctx_tensors_from_buft(c.get(), ggml_backend_dev_buffer_type(device)),
+        ggml_backend_buffer_free);
+    std::vector<float> values(64 * 64, 1.0f);
+    ggml_backend_tensor_set(weight, values.data(), 0, ggml_nbytes(weight));
+    ggml_tensor * part = ggml_view_2d(c.get(), weight, 32, 64, weight->nb[1], 0);
+    ggml_backend_view_init(part);
+    try {
+        ggml_backend_tensor_get(part, values.data(), 0, 32 * sizeof(float));
+        return "a view of a packed weight can be read";
+    } catch (const std::runtime_error &) {
+    }
+    try {
+        ggml_backend_tensor_set(part, values.data(), 0, 32 * sizeof(float));
+        return "a view of a packed weight can be written";
+    } catch (const std::runtime_error &) {
+    }
+    return "";
 }
 
 }  // namespace llamacrab::kernels

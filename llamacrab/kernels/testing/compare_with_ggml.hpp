@@ -19,4 +19,8 @@ struct field_value {
 double compare_with_ggml(const std::string & kind,
                          const std::map<std::string, field_value> & fields);
 
+// What is wrong with how the backend presents itself to llama.cpp, and with views of packed
+// weights; empty if nothing is.
+std::string complaint_about_backend();
+
 }  // namespace llamacrab::kernels

@@ -36,8 +36,15 @@ std::vector<float> graph_builder::compute(ggml_tensor * out, ggml_backend_t back
     // As in a context: ggml decides which nodes share memory.
     const std::unique_ptr<ggml_gallocr, void (*)(ggml_gallocr_t)> allocator(
         ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend)), ggml_gallocr_free);
-    if (!ggml_gallocr_alloc_graph(allocator.get(), graph) ||
-        ggml_backend_graph_compute(backend, graph) != GGML_STATUS_SUCCESS) {
+    if (!ggml_gallocr_alloc_graph(allocator.get(), graph)) {
+        throw std::runtime_error("no memory for the graph");
+    }
+    for (const auto & one : skipped_nodes) {
+        const std::vector<float> values(ggml_nelements(one.first), one.second);
+        ggml_backend_tensor_set(one.first, values.data(), 0, ggml_nbytes(one.first));
+        one.first->flags &= ~GGML_TENSOR_FLAG_COMPUTE;
+    }
+    if (ggml_backend_graph_compute(backend, graph) != GGML_STATUS_SUCCESS) {
         throw std::runtime_error("the graph could not be computed");
     }
     ggml_backend_tensor_get(out, values.data(), 0, ggml_nbytes(out));

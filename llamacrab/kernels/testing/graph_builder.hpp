@@ -57,6 +57,12 @@ class graph_builder {
         return ggml_scale(g(), input(GGML_TYPE_F32, a, b), 1.0f);
     }
 
+    // Have a node keep this value in place of being computed: ggml skips what lacks the flag.
+    ggml_tensor * skipped(ggml_tensor * node, float value) {
+        skipped_nodes.emplace_back(node, value);
+        return node;
+    }
+
     // Compute a node on a backend, with the weights in buffers of a type.
     std::vector<float> compute(ggml_tensor * out, ggml_backend_t backend,
                                ggml_backend_buffer_type_t type);
@@ -98,6 +104,7 @@ class graph_builder {
 
     context weights, inputs, nodes;
     std::vector<std::pair<ggml_tensor *, std::vector<char>>> kept;
+    std::vector<std::pair<ggml_tensor *, float>> skipped_nodes;
     std::mt19937 random;
 };
 
