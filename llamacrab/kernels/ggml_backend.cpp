@@ -12,7 +12,6 @@
 // type: the scheduler would then assign nodes of other models to this backend.
 #include "ggml_backend.hpp"
 
-#include <atomic>
 #include <cstring>
 #include <stdexcept>
 
