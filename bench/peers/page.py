@@ -47,7 +47,7 @@ def tables(result: dict[str, Any]) -> str:
         lines = [
             f"## {WORKLOADS.get(name, name)}",
             "",
-            "| | Texts/s (least to greatest) | llamacrab over it | Least cosine | Median cosine |",
+            "| | Texts/s (least to greatest) | llamacrab / peer | Least cosine | Median cosine |",
             "| --- | ---: | ---: | ---: | ---: |",
         ]
         for peer, found in _by_rate(workload):
@@ -79,9 +79,9 @@ def losses(result: dict[str, Any]) -> str:
             )
         even = [peer for peer, r in ratios.items() if r.low <= 1 <= r.high]
         if even:
-            lines.append(f"- {where}: no difference can be told to {', '.join(even)}.")
+            lines.append(f"- {where}: no significant difference from {', '.join(even)}.")
         if not faster:
-            lines.append(f"- {where}: nobody is surely faster.")
+            lines.append(f"- {where}: no peer is significantly faster.")
     return "\n".join(lines)
 
 
