@@ -301,16 +301,21 @@ def test_other_threads_run_while_a_context_decodes(minilm):
             beats.append(time.perf_counter())
             time.sleep(0.001)
 
-    with Context(minilm.model, n_ctx=512, n_batch=4096, n_seq_max=8, n_threads=1) as context:
-        batch = Batch(4096)
-        for seq_id in range(8):
+    with Context(minilm.model, n_ctx=512, n_batch=1024, n_seq_max=2, n_threads=1) as context:
+        batch = Batch(1024)
+        for seq_id in range(2):
             batch.add(seq_id, np.full(500, 2000))
         thread = threading.Thread(target=beat)
         thread.start()
-        start = time.perf_counter()
-        context.decode(batch)
-        end = time.perf_counter()
+        n_during = 0
+        for _ in range(100):  # a busy machine may leave the thread no time for one or two
+            context.clear()
+            start = time.perf_counter()
+            context.decode(batch)
+            end = time.perf_counter()
+            n_during += sum(start < beat < end for beat in beats)
+            if n_during >= 10:
+                break
         stop.set()
         thread.join()
-    during = [beat for beat in beats if start < beat < end]
-    assert len(during) >= 10
+    assert n_during >= 10
