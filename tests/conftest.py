@@ -6,6 +6,10 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+# Before numpy is imported. Threads of its BLAS spin while they wait for each other, which small
+# matrices are not worth; processes that tests start inherit it.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import pytest
 from helpers import gguf_path
 

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import gguf
@@ -93,6 +95,23 @@ def check_python(code: str, *args: object, timeout: float = 120, **env: str) -> 
     done = python(code, *args, timeout=timeout, **env)
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout
+
+
+@contextmanager
+def one_cpu() -> Iterator[None]:
+    """Start processes on one CPU, where the system can.
+
+    Threads that share a pack wait by spinning: on a busy machine `tune` would take minutes.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(allowed)})  # of this thread, and of what it starts
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 class Reader(gguf.GGUFReader):

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from helpers import gguf_path, python, rewrite_gguf
+from helpers import gguf_path, one_cpu, python, rewrite_gguf
 
 from llamacrab import Llama, cli
 
@@ -441,12 +441,15 @@ def test_tune_shows_how_far_it_is_and_the_time_left(tmp_path):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
     command = [sys.executable, "-m", "llamacrab", "tune", MODEL, "--seconds", "0.05"]
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=theirs,
-        env={**os.environ, "LLAMACRAB_CACHE": str(tmp_path)},
-    ) as process:
+    with (
+        one_cpu(),
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=theirs,
+            env={**os.environ, "LLAMACRAB_CACHE": str(tmp_path)},
+        ) as process,
+    ):
         os.close(theirs)
         said = b""
         while True:

@@ -29,6 +29,9 @@ GELU = 8  # ggml_unary_op
 # The error from rounding weights or activations to bf16, or to 8 bits, relative to squared values.
 BF16_LOSS, Q8_0_LOSS, INT8_LOSS = 2e-5, 5e-5, 5e-4
 TYPES = {F32: 5e-7, F16: BF16_LOSS, BF16: BF16_LOSS, Q8_0: Q8_0_LOSS}  # GELU is a table in ggml
+# A quarter of the tokens of all texts, and the vectors that are farthest from the golden ones.
+LENGTHS = np.diff(golden("minilm")["offsets"])
+SOME = [i for i, n in enumerate(LENGTHS) if n < 100 or n == LENGTHS.max()]
 MASKS = ("none", "texts", "window", "causal", "holes", "fully_masked", "distance")
 
 
@@ -241,23 +244,29 @@ def test_scores_equal_those_of_transformers_with_either_backend(name, backend):
 )
 def test_minilm_stays_close_to_sentence_transformers(outtype, backend, least):
     with Llama(fetch_default_model(outtype), cpu_backend=backend) as llama:
-        vectors = llama.embed_texts(TEXTS)
-    assert cosines(vectors, golden("minilm")["vectors"]).min() >= least
+        vectors = llama.embed_texts([TEXTS[i] for i in SOME])
+    assert cosines(vectors, golden("minilm")["vectors"][SOME]).min() >= least
+
+
+def rows_by_threads(n_threads):
+    with Llama(cpu_backend="llamacrab", n_contexts=1, n_threads=n_threads) as llama:
+        return llama.embed_texts([TEXTS[i] for i in SOME], dedup=False)
+
+
+@pytest.fixture(scope="module")
+def rows_of_one_thread():
+    return rows_by_threads(1)
 
 
 @pytest.mark.parametrize("n_threads", [1, 2, 5])
-def test_threads_of_a_context_do_not_change_vectors(n_threads):
-    rows = {}
-    for n in (1, n_threads):
-        with Llama(cpu_backend="llamacrab", n_contexts=1, n_threads=n) as llama:
-            rows[n] = llama.embed_texts(TEXTS, dedup=False)
-    np.testing.assert_allclose(rows[n_threads], rows[1], atol=1e-6)
+def test_threads_of_a_context_do_not_change_vectors(rows_of_one_thread, n_threads):
+    np.testing.assert_allclose(rows_by_threads(n_threads), rows_of_one_thread, atol=1e-6)
 
 
 def test_a_row_has_the_same_bits_whatever_it_is_packed_with():
     with Llama(cpu_backend="llamacrab", n_threads=1) as llama:
         # For packs of fewer tokens llama.cpp puts norms on ggml's code.
-        texts = [text for text in TEXTS if len(llama.model.vocab.tokenize(text)) >= 32]
+        texts = [TEXTS[i] for i in SOME if len(llama.model.vocab.tokenize(TEXTS[i])) >= 32]
         packed = llama.embed_texts(texts, dedup=False)
         single = np.stack([llama.embed(text) for text in texts])
     assert len(texts) > 50

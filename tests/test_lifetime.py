@@ -16,7 +16,7 @@ from llamacrab import Batch, Context, Llama, Model, errors
 @pytest.mark.parametrize("order", list(itertools.permutations(["model", "a", "b"])))
 def test_a_model_and_its_contexts_close_in_any_order(order):
     model = Model(gguf_path("tiny-bert"))
-    things = {"model": model, "a": Context(model), "b": Context(model)}
+    things = {"model": model, "a": Context(model, n_threads=1), "b": Context(model, n_threads=1)}
     batch = Batch(8)
     batch.add(0, [2, 7, 3])
     for name in order:
@@ -41,7 +41,7 @@ def test_what_is_closed_says_so_and_closes_again():
 
 
 def test_a_context_outlives_the_names_of_its_model():
-    context = Context(Model(gguf_path("tiny-bert")))
+    context = Context(Model(gguf_path("tiny-bert")), n_threads=1)
     gc.collect()
     batch = Batch(8)
     batch.add(0, [2, 7, 3])

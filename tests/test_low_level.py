@@ -102,7 +102,7 @@ with Llama(sys.argv[1]) as llama:
 
 def test_sequences_of_a_batch_have_their_own_rows(bert):
     ids = [bert.vocab.tokenize(text)[:100] for text in TEXTS[:5]]
-    with Context(bert, n_batch=512, n_seq_max=5) as context:
+    with Context(bert, n_batch=512, n_seq_max=5, n_threads=1) as context:
         batch = Batch(512)
         for seq_id in (3, 0, 4, 1, 2):
             batch.add(seq_id, ids[seq_id])
@@ -118,7 +118,7 @@ def test_sequences_of_a_batch_have_their_own_rows(bert):
 
 def test_a_causal_sequence_goes_on_where_it_stands(qwen):
     ids = qwen.vocab.tokenize("Crabs walk sideways along the shore.")
-    with Context(qwen, n_ctx=256) as context:
+    with Context(qwen, n_ctx=256, n_threads=1) as context:
         batch = Batch(64)
         batch.add(0, ids)
         context.decode(batch)
@@ -136,7 +136,7 @@ def test_a_causal_sequence_goes_on_where_it_stands(qwen):
 
 
 def test_a_memory_that_is_full_says_so(qwen):
-    with Context(qwen, n_ctx=256, n_seq_max=4) as context:
+    with Context(qwen, n_ctx=256, n_seq_max=4, n_threads=1) as context:
         batch = Batch(256)
         batch.add(0, np.full(200, 30))
         context.decode(batch)
@@ -153,7 +153,7 @@ def test_rows_of_tokens_need_pooling_none(bert):
     batch = Batch(64)
     batch.add(0, bert.vocab.tokenize("a crab"))
     n = batch.n_tokens
-    with Context(bert, pooling_type=PoolingType.NONE) as context:
+    with Context(bert, pooling_type=PoolingType.NONE, n_threads=1) as context:
         context.decode(batch)
         rows = context.token_rows()
         assert rows.shape == (n, 32)
@@ -162,7 +162,7 @@ def test_rows_of_tokens_need_pooling_none(bert):
             context.token_rows(0, n + 1)
         with pytest.raises(errors.PoolingError):
             context.seq_row(0)
-    with Context(bert) as context:
+    with Context(bert, n_threads=1) as context:
         context.decode(batch)
         with pytest.raises(errors.PoolingError):
             context.token_rows()
@@ -173,7 +173,7 @@ def test_rows_of_tokens_need_pooling_none(bert):
 
 
 def test_a_batch_that_a_context_cannot_take_is_refused_before_llama_cpp_asserts(bert):
-    with Context(bert, n_batch=64, n_ubatch=64, n_seq_max=2) as context:
+    with Context(bert, n_batch=64, n_ubatch=64, n_seq_max=2, n_threads=1) as context:
         batch = Batch(256)
         with pytest.raises(errors.InputError, match="holds no tokens"):
             context.decode(batch)
@@ -260,7 +260,7 @@ def test_a_batch_of_a_size_that_memory_cannot_hold_is_refused(size):
 def test_a_row_is_written_into_float32_only(bert, row):
     batch = Batch(8)
     batch.add(0, [2, 7, 3])
-    with Context(bert) as context:
+    with Context(bert, n_threads=1) as context:
         context.decode(batch)
         with pytest.raises((ValueError, TypeError)):
             context.copy_seq_row(0, row)
@@ -301,16 +301,21 @@ def test_other_threads_run_while_a_context_decodes(minilm):
             beats.append(time.perf_counter())
             time.sleep(0.001)
 
-    with Context(minilm.model, n_ctx=512, n_batch=4096, n_seq_max=8, n_threads=1) as context:
-        batch = Batch(4096)
-        for seq_id in range(8):
+    with Context(minilm.model, n_ctx=512, n_batch=1024, n_seq_max=2, n_threads=1) as context:
+        batch = Batch(1024)
+        for seq_id in range(2):
             batch.add(seq_id, np.full(500, 2000))
         thread = threading.Thread(target=beat)
         thread.start()
-        start = time.perf_counter()
-        context.decode(batch)
-        end = time.perf_counter()
+        n_during = 0
+        for _ in range(100):  # a busy machine may leave the thread no time for one or two
+            context.clear()
+            start = time.perf_counter()
+            context.decode(batch)
+            end = time.perf_counter()
+            n_during += sum(start < beat < end for beat in beats)
+            if n_during >= 10:
+                break
         stop.set()
         thread.join()
-    during = [beat for beat in beats if start < beat < end]
-    assert len(during) >= 10
+    assert n_during >= 10

@@ -348,8 +348,8 @@ def test_chunks_need_a_pooling(load):
 # ------------------------------------------------------------------------------------- tokens
 
 
-def test_places_of_tokens_equal_those_of_transformers(minilm):
-    with Llama(pooling_type=PoolingType.NONE, n_contexts=1) as llama:
+def test_places_of_tokens_equal_those_of_transformers():
+    with Llama(pooling_type=PoolingType.NONE, n_contexts=1, n_threads=1) as llama:
         unknown = int(llama.model.vocab.tokenize("\U00013000", add_special=False)[0])
         n_off = n_all = 0
         for text, want, ids in zip(TEXTS, ragged(DATA, "places"), ragged(DATA), strict=True):
@@ -429,7 +429,7 @@ def computed(llama):
 @pytest.mark.parametrize("name", ["tiny-qwen3"])
 def test_what_texts_share_is_computed_once_and_changes_nothing(name):
     prompt = "Instruct: find the passages that answer the question about crabs\nQuery: "
-    with Llama(gguf_path(name), n_contexts=1) as llama:
+    with Llama(gguf_path(name), n_contexts=1, n_threads=1) as llama:
         texts = [text[:80] for text in TEXTS]
         before = computed(llama)
         rows = llama.embed_texts(texts, prompt=prompt, dedup=False)
@@ -452,7 +452,7 @@ def test_what_texts_share_is_computed_once_and_changes_nothing(name):
 
 def test_a_shared_beginning_survives_a_failed_pack():
     prompt = "Instruct: find the passages that answer the question about crabs\nQuery: "
-    with Llama(gguf_path("tiny-qwen3"), n_contexts=1) as llama:
+    with Llama(gguf_path("tiny-qwen3"), n_contexts=1, n_threads=1) as llama:
         want = llama.embed_texts(TEXTS[:60], prompt=prompt, truncate=True)
         for kind in ("decode_error", "throws"):
             llama._scheduler._inject(kind, after=1, times=1)

@@ -205,7 +205,7 @@ def test_packs_mix_queries_and_a_query_is_encoded_once(monkeypatch):
     monkeypatch.setattr(
         PairTemplate, "__init__", lambda self, *a: (made.append(a[1]), init(self, *a))[1]
     )
-    with Llama(gguf_path("tiny-bert-rank"), n_contexts=1, pack_tokens=128) as llama:
+    with Llama(gguf_path("tiny-bert-rank"), n_contexts=1, n_threads=1, pack_tokens=128) as llama:
         llama.rerank_pairs([(f"query {i % 7}", f"document {i}") for i in range(700)])
         assert sorted(made) == [f"query {i}" for i in range(7)]
         assert sum(worker["packs"] for worker in llama.stats()["workers"]) < 200
@@ -302,7 +302,7 @@ def test_a_reranker_does_not_embed(load):
 
 
 def test_a_score_that_is_not_finite_raises_with_its_index():
-    with Llama(gguf_path("tiny-bert-rank"), n_contexts=1, deterministic=True) as llama:
+    with Llama(gguf_path("tiny-bert-rank"), n_contexts=1, n_threads=1, deterministic=True) as llama:
         for call in (
             lambda: llama.rerank(QUERY, DOCUMENTS[:3]),
             lambda: llama.rerank(QUERY, DOCUMENTS[:3], top_k=1),

@@ -143,9 +143,12 @@ def test_a_cancelled_future_drops_its_texts_and_disturbs_nobody(tiny, expected):
 
 
 def test_a_call_gives_up_at_its_timeout_and_keeps_what_it_has(tiny, expected):
-    with pytest.raises(LlamaTimeoutError) as info:
-        tiny.embed_texts(TEXTS * 500, truncate=True, dedup=False, timeout=0.2)
-    done = info.value.done
+    for timeout in (0.2, 1, 5):  # on a busy machine nothing may be done so soon
+        with pytest.raises(LlamaTimeoutError) as info:
+            tiny.embed_texts(TEXTS * 500, truncate=True, dedup=False, timeout=timeout)
+        done = info.value.done
+        if done.any():
+            break
     assert 0 < done.sum() < len(done)
     again = np.tile(expected, (500, 1))[done]
     assert cosines(info.value.rows[done], again).min() > 0.9999
@@ -344,8 +347,12 @@ def test_ctrl_c_stops_a_call():
     code = """
         import sys
         from llamacrab import Llama
-        llama = Llama(sys.argv[1])
-        print("ready", flush=True)
+        computing = []
+        def on_pack(pack):
+            if not computing:
+                computing.append(pack)
+                print("computing", flush=True)
+        llama = Llama(sys.argv[1], on_pack=on_pack)
         try:
             llama.embed_texts((f"text {i}" for i in range(5_000_000)))
         except KeyboardInterrupt:
@@ -356,8 +363,7 @@ def test_ctrl_c_stops_a_call():
         stdout=subprocess.PIPE,
         text=True,
     )
-    assert process.stdout.readline() == "ready\n"
-    time.sleep(4)
+    assert process.stdout.readline() == "computing\n"
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
     assert out == "interrupted (32,)\n"
