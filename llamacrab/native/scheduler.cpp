@@ -117,6 +117,7 @@ struct scheduler::worker {
     pack_record          record;         // of this pack
     token_vector         shared;         // ids that the context's memory holds, under its last seq_id
     size_t               n_used = 0;     // sequences that its memory holds besides
+    bool                 tainted = false;  // its memory may hold NaN, or no longer `shared`
     bool                 spoil = false;  // an injected fault: take its rows for NaN
     std::atomic<bool>    abort{false};
     std::thread          thread;
@@ -147,13 +148,17 @@ struct scheduler::worker {
         llama_set_abort_callback(context, on_abort, this);
     }
 
-    // Leave a context whose state an exception has put in doubt.
-    void renew() {
-        shared.clear();
-        if (llama_context * fresh = make_context(model, params)) {
-            free_renewed();
-            context = renewed = fresh;
-            watch();
+    // Leave a context whose state an exception has put in doubt; keep it where there is no other.
+    void renew() noexcept {
+        tainted = true;
+        try {
+            if (llama_context * fresh = make_context(model, params)) {
+                free_renewed();
+                context = renewed = fresh;
+                watch();
+            }
+        } catch (...) {
+            // The memory that lacked for the pack may lack for a context as well.
         }
     }
 };
@@ -448,45 +453,60 @@ void scheduler::run(worker & w) {
             w.record.wait_seconds = seconds_between(idle_since, clock::now());
         }
         const auto started = clock::now();
-        w.results.assign(w.pack.size(), failure());
-        try {
-            compute(w);
-        } catch (const std::bad_alloc &) {
-            w.results.assign(w.pack.size(), make_failure(failure_kind::no_memory, 0, "out of memory"));
-            w.renew();
-        } catch (const std::exception & error) {
-            w.results.assign(w.pack.size(), make_failure(failure_kind::thrown, 0, error.what()));
-            w.renew();
-        } catch (...) {
-            w.results.assign(w.pack.size(), make_failure(failure_kind::thrown, 0, "unknown exception"));
-            w.renew();
-        }
+        compute(w);
         finish(w, seconds_between(started, clock::now()));
     }
 }
 
 void scheduler::compute(worker & w) {
-    const failure together = decode(w, w.pack.data(), w.pack.size());
-    if (together.kind == failure_kind::none) {
-        int32_t first_token = 0;
-        const auto started  = clock::now();
-        for (size_t k = 0; k < w.pack.size(); ++k) {
-            w.results[k] = copy_row(w, *w.pack[k], int32_t(k), first_token);
-            first_token += w.pack[k]->n_tokens;
+    w.results.assign(w.pack.size(), failure());
+    compute_some(w, 0, w.pack.size());
+    if (w.pack.size() == 1) {
+        return;
+    }
+    // One text must not fail its neighbours, and a NaN of one reaches the rows of all where rows are
+    // products with zeros: each that has failed is computed alone, and fails or not by itself.
+    for (size_t k = 0; k < w.pack.size(); ++k) {
+        if (w.results[k].kind == failure_kind::none) {
+            continue;
+        }
+        if (w.abort) {
+            w.results[k] = make_failure(failure_kind::cancelled, 0, "aborted");
+        } else {
+            compute_some(w, k, 1);
+        }
+    }
+}
+
+// Compute `n` texts of the pack together. Nothing is thrown: each has its result.
+void scheduler::compute_some(worker & w, size_t first, size_t n) {
+    const auto results = w.results.begin() + ptrdiff_t(first);
+    const auto give_up = [&](failure_kind kind, const char * message) {
+        std::fill_n(results, n, make_failure(kind, kind == failure_kind::thrown ? -3 : 0, message));
+        w.renew();
+    };
+    try {
+        const item * const * items    = &w.pack[first];
+        const failure        together = decode(w, items, n);
+        std::fill_n(results, n, together);
+        if (together.kind != failure_kind::none) {
+            w.tainted = true;
+            return;
+        }
+        int32_t    first_token = 0;
+        const auto started     = clock::now();
+        for (size_t k = 0; k < n; ++k) {
+            results[ptrdiff_t(k)] = copy_row(w, *items[k], int32_t(k), first_token);
+            w.tainted |= results[ptrdiff_t(k)].kind != failure_kind::none;
+            first_token += items[k]->n_tokens;
         }
         w.record.copy_seconds += seconds_between(started, clock::now());
-        return;
-    }
-    if (w.pack.size() == 1 || w.abort) {
-        w.results.assign(w.pack.size(), together);
-        return;
-    }
-    // One text must not fail its neighbours: each is computed alone, and fails or not by itself.
-    for (size_t k = 0; k < w.pack.size(); ++k) {
-        w.results[k] = decode(w, &w.pack[k], 1);
-        if (w.results[k].kind == failure_kind::none) {
-            w.results[k] = copy_row(w, *w.pack[k], 0, 0);
-        }
+    } catch (const std::bad_alloc &) {
+        give_up(failure_kind::no_memory, "out of memory");
+    } catch (const std::exception & error) {
+        give_up(failure_kind::thrown, error.what());
+    } catch (...) {
+        give_up(failure_kind::thrown, "unknown exception");
     }
 }
 
@@ -537,7 +557,6 @@ failure scheduler::decode(worker & w, const item * const * items, size_t n) {
     if (code == 0) {
         return failure();
     }
-    w.shared.clear();  // whether its memory still holds them is in doubt
     if (w.abort) {
         return make_failure(failure_kind::cancelled, code, "aborted");
     }
@@ -554,6 +573,12 @@ int32_t scheduler::prepare_memory(worker & w, const item * const * items, size_t
     const llama_memory_t memory = llama_get_memory(w.context);
     if (!memory) {
         return 0;
+    }
+    if (w.tainted) {
+        // The values too, not their places only: attention multiplies what it does not see by zero.
+        llama_memory_clear(memory, /*data=*/true);
+        w.shared.clear();
+        w.tainted = false;
     }
     static const token_vector none;
     const token_vector &      shared = items[0]->n_shared ? items[0]->owner->shared : none;

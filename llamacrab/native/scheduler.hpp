@@ -186,6 +186,7 @@ class scheduler {
     void take_pack(worker & w);                                  // [mutex]
     void take_from(job & j, worker & w, int64_t & room);         // [mutex]
     void compute(worker & w);
+    void compute_some(worker & w, size_t first, size_t n);
     failure decode(worker & w, const item * const * items, size_t n);
     int32_t prepare_memory(worker & w, const item * const * items, size_t n);
     failure copy_row(worker & w, const item & i, int32_t seq_id, int32_t first_token) const;
