@@ -21,7 +21,8 @@ from helpers import DATA, TEXTS, Reader, cosines, rewrite_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamacrab import Llama, PoolingType
+from llamacrab import Llama, Model, PoolingType, _core
+from llamacrab._core import Encoder, Scheduler
 from llamacrab.errors import (
     AllocationError,
     ClosedError,
@@ -355,6 +356,81 @@ def test_close_fails_what_waits_in_futures():
     assert outcomes <= {ClosedError, type(None)}
 
 
+@pytest.fixture
+def bare():
+    """Give a scheduler, and a function that makes a job of it: one text added, not sealed."""
+    model = Model(DATA / "tiny-bert.gguf")
+    how = {"n_contexts": 1, "pack_tokens": 64, "n_ctx": 64, "n_ubatch": 64, "n_threads": 1}
+    scheduler, encoder = Scheduler(model, **how), Encoder(model.vocab, limit=64)
+
+    def make():
+        job = scheduler.job(encoder, 1)
+        job.add([[2, 7, 3]])
+        return job
+
+    yield scheduler, make
+    scheduler.close()
+
+
+@pytest.mark.parametrize("n_before", [0, 1])
+@pytest.mark.parametrize("moment", ["start", "started", "sealing", "sealed"])
+def test_a_future_resolves_whenever_the_scheduler_closes(monkeypatch, bare, moment, n_before):
+    scheduler, make = bare
+    job = make()
+    for _ in range(n_before):  # the notifier is there already
+        scheduler.future(make()).result(timeout=60)
+
+    class Thread(threading.Thread):
+        def start(self):
+            if moment == "start":
+                scheduler.close()
+            super().start()
+            if moment == "started":
+                scheduler.close()
+
+    class Future(_core._JobFuture):
+        def __init__(self, *args):
+            if moment == "sealing":
+                scheduler.close()
+            super().__init__(*args)
+
+    monkeypatch.setattr(_core.threading, "Thread", Thread)
+    monkeypatch.setattr(_core, "_JobFuture", Future)
+    future = scheduler.future(job)
+    if moment == "sealed":
+        scheduler.close()
+    error = future.exception(timeout=60)
+    assert error is None or isinstance(error, ClosedError)
+
+
+def test_a_notifier_that_could_not_start_is_started_for_the_next_future(monkeypatch, bare):
+    scheduler, make = bare
+
+    def fail(self):
+        raise RuntimeError("can't start new thread")
+
+    job = make()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        with pytest.raises(RuntimeError, match="can't start"):
+            scheduler.future(job)
+    assert scheduler.future(job).result(timeout=60).shape == (1, 32)
+
+
+def test_a_finish_and_a_remap_that_raise_end_their_own_future_only(bare):
+    scheduler, make = bare
+
+    def finish(rows):
+        raise ClosedError("in finish")
+
+    def remap(error):
+        raise RuntimeError("in remap")
+
+    with pytest.raises(RuntimeError, match="in remap"):
+        scheduler.future(make(), finish, remap).result(timeout=60)
+    assert scheduler.future(make()).result(timeout=60).shape == (1, 32)
+
+
 def test_a_llama_that_is_dropped_stops_its_workers():
     before = threading.active_count()
     for _ in range(5):
@@ -397,6 +473,45 @@ def test_a_forked_child_gets_a_clear_error_and_exits():
     )
     assert run.returncode == 0, run.stderr
     assert "make a new one after the fork" in run.stdout
+    assert "0 (32,)" in run.stdout
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_child_frees_nothing_of_its_parent_and_waits_for_no_thread():
+    run = run_python(
+        """
+        import gc, os, sys
+        from llamacrab import Batch, Context, Llama, Model
+        from llamacrab.errors import ForkError
+        model = Model(sys.argv[1])
+        contexts = [Context(model, n_threads=n, n_ctx=64) for n in (1, 4)]
+        llama = Llama(sys.argv[1])
+        batch = Batch(64)
+        batch.add(0, list(range(2, 62)))
+        for context in contexts:
+            context.decode(batch)
+        future = llama.submit("parent")
+        future.result()
+        if os.fork() == 0:
+            for context in contexts:
+                for call in (lambda: context.decode(batch), lambda: context.seq_row(0)):
+                    try:
+                        call()
+                    except ForkError as error:
+                        print(error, flush=True)
+                context.close()
+            llama.close()
+            del context, contexts, batch, llama, future, model
+            gc.collect()
+            sys.exit(0)
+        _, status = os.wait()
+        for context in contexts:
+            context.decode(batch)
+        print(status, llama.embed("parent").shape)
+        """
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("this Context was made in process") == 4
     assert "0 (32,)" in run.stdout
 
 

@@ -58,6 +58,7 @@ cdef extern from "Python.h":
     bint PyUnicode_IS_ASCII(object text)
     const char *PyUnicode_AsUTF8AndSize(object text, Py_ssize_t *size) except NULL
 
+include "process.pyx"
 include "log.pyx"
 include "vocab.pyx"
 include "tokenization.pyx"

@@ -10,14 +10,14 @@ _FLASH_ATTN = {
 
 # `no_gc_clear`: when the garbage collector breaks a cycle, it would let go of the model first.
 @cython.no_gc_clear
-cdef class _ContextHandle:
+cdef class _ContextHandle(_OfProcess):
     """Owns a llama_context, and holds the model that it reads."""
 
     cdef c.llama_context *ptr
     cdef _ModelHandle model
 
     def __dealloc__(self):
-        if self.ptr != NULL:
+        if self.ptr != NULL and not self.is_foreign():
             c.llama_free(self.ptr)
 
 
@@ -160,6 +160,7 @@ cdef class Context:
         with cython.critical_section(self):
             if self._handle is None:
                 raise ClosedError("the context is closed")
+            self._handle.check_process("Context")
             if self._busy:
                 raise ContextError(
                     "another thread is using this context: make one for each thread, of one model"

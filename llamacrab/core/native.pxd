@@ -138,7 +138,6 @@ cdef extern from "native/scheduler.hpp" namespace "llamacrab" nogil:
         token_vector shared
         cbool watched
         uint8_t *done
-        void *user
         waiter event
 
     cppclass item:
@@ -184,7 +183,7 @@ cdef extern from "native/scheduler.hpp" namespace "llamacrab" nogil:
                         int32_t pack_texts) except +
         cbool has_room(job &j, int64_t n_tokens) except +
         cbool admit(job &j, unique_ptr[chunk] texts) except +
-        void seal(job &j) except +
+        cbool seal(job &j, void *user) except +
         cbool finished(job &j) except +
         int64_t n_done(job &j) except +
         void cancel(job &j) except +

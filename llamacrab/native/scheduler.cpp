@@ -274,10 +274,16 @@ bool scheduler::admit(job & j, std::unique_ptr<chunk> texts) {
     return true;
 }
 
-void scheduler::seal(job & j) {
+bool scheduler::seal(job & j, void * user) {
     std::lock_guard<std::mutex> hold(mutex);
     j.sealed = true;
+    // After close(), whoever waits in next_finished() may have left. Until then it has not: the jobs that
+    // end are reported before `drained` is set.
+    if (!drained) {
+        j.user = user;
+    }
     settle(j);
+    return !drained;
 }
 
 // ------------------------------------------------------------------------------------- the end

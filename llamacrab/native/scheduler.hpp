@@ -83,7 +83,6 @@ struct job {
     bool         may_be_zero = false;  // else a row of zeros is a failure, as NaN is
     token_vector shared;         // ids with which most texts begin: computed once, where that is right
     uint8_t *    done      = nullptr;  // set to 1 for each text that has its row; may be null
-    void *       user      = nullptr;  // handed back by next_finished(), where not null
 
     std::deque<item *> waiting;             // [mutex]
     int64_t            waiting_tokens = 0;  // [mutex]
@@ -94,6 +93,7 @@ struct job {
     failure            first_failure;       // [mutex]
     int64_t            n_done = 0;          // [mutex] texts that have their row
     bool               watched = false;     // [mutex] wake the caller at every pack, for progress
+    void *             user = nullptr;      // [mutex] handed back by next_finished(), where not null
     bool               reported = false;    // [mutex] handed to next_finished
     std::unordered_multimap<uint64_t, item *> in_flight;  // [mutex] first of each equal texts
     waiter             event;               // something of this job has changed
@@ -149,7 +149,9 @@ class scheduler {
     bool admit(job & j, std::unique_ptr<chunk> texts);
     // Whether `n_tokens` more may be queued now; if not, the job is woken when they may.
     bool has_room(job & j, int64_t n_tokens);
-    void seal(job & j);
+    // No more texts will come. `user`, where not null, is what next_finished() will hand back once the job
+    // has ended; returns false where it will not, as all workers have stopped: the job is over then.
+    bool seal(job & j, void * user);
     bool finished(job & j);
     int64_t n_done(job & j);
     // Drop what waits of a job, and abort a running pack that nobody else waits for.
