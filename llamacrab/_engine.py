@@ -84,6 +84,8 @@ class Engine:
         Sizes; 0 where the caller did not say. See `Llama`.
     given : llamacrab.tuning.Layout
         The layout as far as the caller gave it.
+    n_cpus : int
+        CPUs that all contexts together may use; 0: all that the process may use.
     scheduler_params : dict
         Keywords of the `Scheduler`, ``deterministic`` among them.
 
@@ -93,6 +95,8 @@ class Engine:
         One per device.
     layouts : list of llamacrab.tuning.Layout
         How each of them computes.
+    layout_sources : list of dict
+        Where each number of those comes from.
     scheduler : Scheduler
         The queue, and the workers of all models.
     n_ctx : int
@@ -110,6 +114,7 @@ class Engine:
         n_ubatch: int,
         n_seq_max: int,
         given: Layout,
+        n_cpus: int = 0,
         scheduler_params: dict[str, Any],
     ) -> None:
         places = devices or (None,)
@@ -122,18 +127,27 @@ class Engine:
             for device in places
         ]
         self._on_gpu = on_gpu[0]
-        known = [
-            tuning.remembered(model, gpu) for model, gpu in zip(self.models, on_gpu, strict=True)
-        ]
+        known = [tuning.recall(model, gpu) for model, gpu in zip(self.models, on_gpu, strict=True)]
         self.layouts = [
             tuning.choose(
-                layout,
+                entry and entry.layout,
                 on_gpu=gpu,
                 given=given,
                 n_replicas=on_gpu.count(gpu),
                 cpu_backend=model.cpu_backend,
+                n_cpus=n_cpus,
             )
-            for model, gpu, layout in zip(self.models, on_gpu, known, strict=True)
+            for model, gpu, entry in zip(self.models, on_gpu, known, strict=True)
+        ]
+        self.layout_sources = [
+            tuning.sources(
+                entry and entry.layout,
+                given=given,
+                measured=str(entry or ""),
+                n_replicas=on_gpu.count(gpu),
+                n_cpus=n_cpus,
+            )
+            for gpu, entry in zip(on_gpu, known, strict=True)
         ]
         n_ctx = n_ctx or min(self.models[0].n_ctx_train, N_CTX_DEFAULT_MAX)
         self.scheduler = self._start(
@@ -143,7 +157,7 @@ class Engine:
         self.n_ctx = min(n_ctx, self.scheduler.context.n_tokens_max)
         # Explicit sizes are kept; so is what has been measured before.
         fixed = given.pack_tokens or self.scheduler.deterministic or devices
-        may_tune = known == [None] and not fixed
+        may_tune = len(known) == 1 and (known[0] is None or known[0].is_due()) and not fixed
         self._calibration = tuning.Calibration(self.scheduler) if may_tune else None
         self._lock = threading.Lock()
         self._n_running = 0  # [lock] requests that have begun and not ended
@@ -350,9 +364,21 @@ class Engine:
             if self._calibration is None or self._n_texts < CALIBRATION_TEXTS:
                 return
             if (found := self._calibration.step()) is not None:
-                self._calibration = None
-                self.layouts = [replace(self.layouts[0], pack_tokens=found)]
-                tuning.remember(self.models[0], self._on_gpu, self.layouts[0])
+                self._settle(self._calibration, found)
+
+    def _settle(self, calibration: tuning.Calibration, pack_tokens: int) -> None:
+        """Use and remember what was found; a quieter measurement of before may still win."""
+        self._calibration = None
+        entry = tuning.remember_pack(
+            self.models[0],
+            self._on_gpu,
+            pack_tokens,
+            n_packs=calibration.n_packs,
+            noise=calibration.noise,
+        )
+        self.scheduler.pack_tokens = entry.layout.pack_tokens
+        self.layouts = [replace(self.layouts[0], pack_tokens=self.scheduler.pack_tokens)]
+        self.layout_sources = [{**self.layout_sources[0], "pack_tokens": f"measured on {entry}"}]
 
 
 def _stop(job: Job | None, request: Request, error: BaseException) -> None:

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "tuning": {"errors", "_core", "_support"},
     "requests": {"errors", "_core", "options", "quantize"},
     "models": {"errors", "_core", "_support", "requests"},
-    "_diagnostics": {"_core", "_support", "tuning"},
+    "_diagnostics": {"_core", "_support"},
     "_engine": {"errors", "_core", "_support", "tuning"},
     "llama": {
         "errors", "_core", "options", "requests", "models", "tuning", "_engine", "_diagnostics",

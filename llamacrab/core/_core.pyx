@@ -59,6 +59,7 @@ cdef extern from "Python.h":
     const char *PyUnicode_AsUTF8AndSize(object text, Py_ssize_t *size) except NULL
 
 include "process.pyx"
+include "hardware.pyx"
 include "log.pyx"
 include "vocab.pyx"
 include "tokenization.pyx"
