@@ -130,7 +130,7 @@ class Engine:
         known = [tuning.recall(model, gpu) for model, gpu in zip(self.models, on_gpu, strict=True)]
         self.layouts = [
             tuning.choose(
-                entry and entry.layout,
+                None if entry is None else entry.layout,
                 on_gpu=gpu,
                 given=given,
                 n_replicas=on_gpu.count(gpu),
@@ -141,7 +141,7 @@ class Engine:
         ]
         self.layout_sources = [
             tuning.sources(
-                entry and entry.layout,
+                None if entry is None else entry.layout,
                 given=given,
                 measured=str(entry or ""),
                 n_replicas=on_gpu.count(gpu),

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     },
     "corpus": {"errors", "_core", "_support", "options", "similarity", "llama", "tuning"},
     "integrations": {"errors", "_support", "options", "llama"},
-    "bench": {"errors", "_core", "_support", "options", "tuning", "_engine", "llama"},
+    "bench": {"errors", "_core", "_support", "options", "_engine", "llama"},
     "cli": {
         "errors", "_core", "_support", "options", "similarity", "requests", "models", "tuning",
         "llama", "corpus", "bench",

@@ -505,7 +505,7 @@ def _layout_rows(model: Model) -> dict[str, str]:
     """Return how `Llama` would compute, and where each number comes from."""
     on_gpu = tuning.has_gpu()
     entry = tuning.recall(model, on_gpu)
-    known, unsaid = entry and entry.layout, tuning.Layout()
+    known, unsaid = None if entry is None else entry.layout, tuning.Layout()
     used = tuning.choose(known, on_gpu=on_gpu, given=unsaid, cpu_backend=model.cpu_backend)
     sources = tuning.sources(known, given=unsaid, measured=str(entry or ""))
     names = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from llamacrab._support.hardware import usable_cpus
 from llamacrab.errors import ContextError
@@ -28,7 +29,7 @@ class Layout:
     pack_tokens: int = 0
     flash_attn: bool | str = "auto"
 
-    def said(self) -> dict[str, int | bool | str]:
+    def said(self) -> dict[str, Any]:
         """Return the fields that are said."""
         return {
             name: value
