@@ -13,6 +13,7 @@ from helpers import CAUSAL, EMBEDDERS, RERANKERS, TEXTS, check_python, cosines, 
 from llamacrab import Context, Llama, Model, tuning
 from llamacrab._core import devices
 from llamacrab.errors import AllocationError
+from llamacrab.tuning import measure
 
 GPUS = [device["name"] for device in devices() if device["type"] in ("GPU", "IGPU")]
 pytestmark = pytest.mark.skipif(not GPUS, reason="this build and machine have no GPU")

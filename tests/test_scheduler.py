@@ -195,6 +195,67 @@ def test_a_full_queue_makes_producers_wait_or_raises():
         assert all(future.result(timeout=60).shape == (8, 32) for future in futures)
 
 
+def test_a_large_call_waits_for_no_more_than_those_that_came_before():
+    # Room for one large text or eight small ones: it must not wait until nobody wants any.
+    how = {"n_contexts": 1, "pack_tokens": 64, "n_ctx": 128, "n_ubatch": 128, "n_threads": 1}
+    with Model(DATA / "tiny-bert.gguf") as model:
+        scheduler = Scheduler(model, queue_tokens=128, **how)
+        encoder = Encoder(model.vocab, limit=128)
+        n_small, stop = Counter(), threading.Event()
+
+        def flood(number):
+            while not stop.is_set() and n_small[number] < 20_000:
+                job = scheduler.job(encoder, 1)
+                job.add([[2, *[7 + number] * 14, 3]])
+                n_small[number] += 1
+                job.seal()
+                if n_small[number] % 8 == 0:
+                    job.wait()
+
+        threads = [threading.Thread(target=flood, args=(number,)) for number in range(6)]
+        for thread in threads:
+            thread.start()
+        while n_small.total() < 100:
+            time.sleep(0.001)
+        job = scheduler.job(encoder, 40, dedup=False)
+        before = n_small.total()
+        for _ in range(40):
+            job.add([[2, *[9] * 126, 3]])
+        passed = n_small.total() - before
+        stop.set()
+        for thread in threads:
+            thread.join()
+        job.seal()
+        assert job.wait().shape == (40, 32)
+        scheduler.close()
+    assert passed <= 40 * 6 * 3
+
+
+def test_a_call_that_gives_up_waiting_lets_the_next_one_in():
+    with Llama(DATA / "tiny-bert.gguf", n_cpus=1, queue_tokens=256) as llama:
+        outcomes = Counter()
+
+        def work(number):
+            for _ in range(10):
+                try:
+                    llama.embed_texts(
+                        ["crab " * 100] * 8, truncate=True, dedup=False, timeout=0.001 * number
+                    )
+                    outcomes["done"] += 1
+                except LlamaTimeoutError:
+                    outcomes["late"] += 1
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=60)
+        assert not any(thread.is_alive() for thread in threads)
+        assert outcomes["late"] >= 10
+        assert llama.embed_texts(["crab"] * 100, dedup=False, timeout=60).shape == (100, 32)
+        assert llama.stats()["queued_tokens"] == 0
+
+
 def test_a_text_that_can_never_fit_is_refused_at_admission(tiny):
     with pytest.raises(TextTooLongError, match=r"text 1 has 500 tokens .* 128 fit") as info:
         tiny.embed_texts(["short", [7] * 500])

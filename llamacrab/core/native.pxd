@@ -181,7 +181,8 @@ cdef extern from "native/scheduler.hpp" namespace "llamacrab" nogil:
         void add_worker(llama_model *model, llama_context *context,
                         llama_context_params params, int32_t pack_tokens,
                         int32_t pack_texts) except +
-        cbool has_room(job &j, int64_t n_tokens) except +
+        cbool has_room(job &j, int64_t n_tokens, cbool wait) except +
+        void give_up_place(job &j) except +
         cbool admit(job &j, unique_ptr[chunk] texts) except +
         cbool seal(job &j, void *user) except +
         cbool finished(job &j) except +

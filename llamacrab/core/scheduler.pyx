@@ -436,13 +436,7 @@ cdef class Job:
             chunk.items[i].n_tokens = <int32_t>(encoded.ends[i] - chunk.items[i].first)
         self._place_rows(chunk)
         cdef int64_t n_tokens = chunk.tokens.size()
-        while not self._handle.ptr.has_room(self._job[0], n_tokens):
-            if not block:
-                raise QueueFull(
-                    f"{self._handle.ptr.queued_tokens()} tokens wait already; {n_tokens} more do "
-                    f"not fit in {self._handle.ptr.get_limits().queue_tokens}"
-                )
-            self._sleep(deadline)
+        self._await_room(n_tokens, block, deadline)
         cdef cbool admitted
         with nogil:
             admitted = self._handle.ptr.admit(self._job[0], move(texts_in))
@@ -450,6 +444,24 @@ cdef class Job:
             self._raise_failure()
         self._n_added += n_texts
         return n_texts
+
+    cdef int _await_room(self, int64_t n_tokens, bint block, deadline) except -1:
+        """Return when so many tokens may be queued; calls get their room in the order they come."""
+        if self._handle.ptr.has_room(self._job[0], n_tokens, block):
+            return 0
+        if not block:
+            raise QueueFull(
+                f"{self._handle.ptr.queued_tokens()} tokens wait already; {n_tokens} more do "
+                f"not fit in {self._handle.ptr.get_limits().queue_tokens}, or other calls wait "
+                "for room before this one"
+            )
+        try:
+            while not self._handle.ptr.has_room(self._job[0], n_tokens, True):
+                self._sleep(deadline)
+        except BaseException:
+            self._handle.ptr.give_up_place(self._job[0])  # others may fit now
+            raise
+        return 0
 
     cdef int _place_rows(self, native.chunk *chunk) except -1:
         """Give every text the place of its row."""

@@ -209,16 +209,43 @@ void scheduler::close() {
 
 // ------------------------------------------------------------------------------------- admission
 
-bool scheduler::has_room(job & j, int64_t n_tokens) {
+bool scheduler::has_room(job & j, int64_t n_tokens, bool wait) {
     std::lock_guard<std::mutex> hold(mutex);
     const bool over = stopping || j.cancelled || j.first_failure.kind != failure_kind::none;
-    if (over || n_waiting_tokens == 0 || n_waiting_tokens + n_tokens <= bounds.queue_tokens) {
+    const auto mine = std::find_if(blocked.begin(), blocked.end(), [&](place & p) { return p.owner == &j; });
+    if (over || (mine != blocked.end() && mine->called)) {
+        leave_place(j);
+        if (over) {
+            wake_producers();
+        }
         return true;  // a job that is over need not wait to hear it from admit()
     }
-    if (std::find(blocked.begin(), blocked.end(), &j) == blocked.end()) {
-        blocked.push_back(&j);
+    if (mine != blocked.end()) {
+        return false;
+    }
+    // A small text must not pass a large one that waits: it might never find the queue empty enough.
+    const int64_t taken = n_waiting_tokens + n_granted_tokens;
+    if ((blocked.empty() || blocked.back().called) && (taken == 0 || taken + n_tokens <= bounds.queue_tokens)) {
+        return true;
+    }
+    if (wait) {
+        blocked.push_back({&j, n_tokens, false});
     }
     return false;
+}
+
+void scheduler::give_up_place(job & j) {
+    std::lock_guard<std::mutex> hold(mutex);
+    leave_place(j);
+    wake_producers();
+}
+
+void scheduler::leave_place(job & j) {
+    const auto mine = std::find_if(blocked.begin(), blocked.end(), [&](place & p) { return p.owner == &j; });
+    if (mine != blocked.end()) {
+        n_granted_tokens -= mine->called ? mine->n_tokens : 0;
+        blocked.erase(mine);
+    }
 }
 
 bool scheduler::admit(job & j, std::unique_ptr<chunk> texts) {
@@ -238,6 +265,7 @@ bool scheduler::admit(job & j, std::unique_ptr<chunk> texts) {
         fail(j, make_failure(failure_kind::closed, 0, "closed"));
     }
     if (j.cancelled || j.first_failure.kind != failure_kind::none) {
+        wake_producers();  // the room that has_room() gave it is free again
         return false;
     }
     if (items.empty()) {
@@ -265,7 +293,8 @@ bool scheduler::admit(job & j, std::unique_ptr<chunk> texts) {
         j.linked = true;
         jobs.push_back(&j);
     }
-    texts.release();  // finish_item frees it
+    texts.release();   // finish_item frees it
+    wake_producers();  // where equal texts take less room than it was given
     if (n_waiting_tokens > bounds.pack_min / 2) {
         work.notify_all();
     } else {
@@ -326,7 +355,7 @@ void scheduler::fail(job & j, failure what) {
 void scheduler::cancel(job & j) {
     std::lock_guard<std::mutex> hold(mutex);
     j.cancelled = true;
-    blocked.erase(std::remove(blocked.begin(), blocked.end(), &j), blocked.end());
+    leave_place(j);
     fail(j, make_failure(failure_kind::cancelled, 0, "cancelled"));
     for (auto & w : workers) {
         stop_if_unwanted(*w);
@@ -359,7 +388,8 @@ void scheduler::drop_waiting(job & j) {
 void scheduler::await_quiet(job & j) {
     std::unique_lock<std::mutex> hold(mutex);
     quiet.wait(hold, [&] { return j.n_open == 0; });
-    blocked.erase(std::remove(blocked.begin(), blocked.end(), &j), blocked.end());
+    leave_place(j);
+    wake_producers();
 }
 
 failure scheduler::failure_of(job & j) {
@@ -379,11 +409,17 @@ void * scheduler::next_finished() {
 }
 
 void scheduler::wake_producers() {
-    if (stopping || n_waiting_tokens < bounds.queue_tokens) {
-        for (job * j : blocked) {
-            j->event.wake();
+    for (place & p : blocked) {
+        const int64_t taken = n_waiting_tokens + n_granted_tokens;
+        if (p.called) {
+            continue;
         }
-        blocked.clear();
+        if (!stopping && taken > 0 && taken + p.n_tokens > bounds.queue_tokens) {
+            return;
+        }
+        p.called = true;
+        n_granted_tokens += p.n_tokens;
+        p.owner->event.wake();
     }
 }
 
@@ -719,6 +755,7 @@ void scheduler::finish_item(item & first, const failure & what) {
 void scheduler::set_limits(limits b) {
     std::lock_guard<std::mutex> hold(mutex);
     bounds = b;
+    wake_producers();
 }
 
 limits scheduler::get_limits() {

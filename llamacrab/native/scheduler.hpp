@@ -147,8 +147,10 @@ class scheduler {
     // Queue texts of a job. `chunk` must hold items with owner, index, first, n_tokens, row set.
     // Returns false if the scheduler is closed or the job has failed or was cancelled.
     bool admit(job & j, std::unique_ptr<chunk> texts);
-    // Whether `n_tokens` more may be queued now; if not, the job is woken when they may.
-    bool has_room(job & j, int64_t n_tokens);
+    // Whether `n_tokens` more may be queued now. If not, and the job is to wait, it takes a place behind those
+    // that wait already, and is woken when it may; it must ask again then, or give the place back.
+    bool has_room(job & j, int64_t n_tokens, bool wait);
+    void give_up_place(job & j);
     // No more texts will come. `user`, where not null, is what next_finished() will hand back once the job
     // has ended; returns false where it will not, as all workers have stopped: the job is over then.
     bool seal(job & j, void * user);
@@ -182,6 +184,12 @@ class scheduler {
 
   private:
     struct worker;
+    // Of a producer that waits for room. Those that are called stand before those that are not.
+    struct place {
+        job *   owner;
+        int64_t n_tokens;
+        bool    called;
+    };
     using clock = std::chrono::steady_clock;
 
     void run(worker & w);
@@ -199,6 +207,7 @@ class scheduler {
     bool is_over(const job & j) const;                           // [mutex]
     void settle(job & j);                                        // [mutex]
     void wake_producers();                                       // [mutex]
+    void leave_place(job & j);                                   // [mutex]
     void stop_if_unwanted(worker & w);                           // [mutex]
     fault_kind next_fault();
 
@@ -208,7 +217,8 @@ class scheduler {
     std::condition_variable reports;  // next_finished: a job has ended, or stop
     limits                  bounds;   // [mutex]
     std::deque<job *>       jobs;     // [mutex] those with waiting texts, the next to serve first
-    std::vector<job *>      blocked;  // [mutex] whose producer waits for room
+    std::deque<place>       blocked;  // [mutex] producers that wait for room, the first to come first
+    int64_t                 n_granted_tokens = 0;              // [mutex] of places that are called
     std::deque<void *>      ended;    // [mutex] the `user` of jobs that next_finished will return
     int64_t                 n_waiting_tokens = 0;              // [mutex]
     int64_t                 n_waiting_texts  = 0;              // [mutex]
