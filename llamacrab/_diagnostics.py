@@ -7,8 +7,8 @@ import logging
 from typing import TYPE_CHECKING
 
 from llamacrab._core import PoolingType, VocabType, kernels, kernels_have_int8
+from llamacrab._support.hardware import has_gpu
 from llamacrab._support.versions import GPU_BACKENDS, compiled_in
-from llamacrab.tuning import has_gpu
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llamacrab import tuning
-from llamacrab._core import Model, Scheduler
+from llamacrab._core import Model, Scheduler, devices, kernels
 from llamacrab._support.extras import require
 from llamacrab.errors import AllocationError, ClosedError, LlamaError, QueueFull
 
@@ -84,6 +84,8 @@ class Engine:
         Sizes; 0 where the caller did not say. See `Llama`.
     given : llamacrab.tuning.Layout
         The layout as far as the caller gave it.
+    n_cpus : int
+        CPUs that all contexts together may use; 0: all that the process may use.
     scheduler_params : dict
         Keywords of the `Scheduler`, ``deterministic`` among them.
 
@@ -93,6 +95,8 @@ class Engine:
         One per device.
     layouts : list of llamacrab.tuning.Layout
         How each of them computes.
+    layout_sources : list of dict
+        Where each number of those comes from.
     scheduler : Scheduler
         The queue, and the workers of all models.
     n_ctx : int
@@ -114,6 +118,7 @@ class Engine:
         n_ubatch: int,
         n_seq_max: int,
         given: Layout,
+        n_cpus: int = 0,
         scheduler_params: dict[str, Any],
     ) -> None:
         places = devices or (None,)
@@ -126,19 +131,28 @@ class Engine:
             for device in places
         ]
         self._on_gpu = on_gpu[0]
-        self.backends = tuning.backends(self.models, on_gpu)
-        known = [
-            tuning.remembered(model, gpu) for model, gpu in zip(self.models, on_gpu, strict=True)
-        ]
+        self.backends = _backends(self.models, on_gpu)
+        known = [tuning.recall(model, gpu) for model, gpu in zip(self.models, on_gpu, strict=True)]
         self.layouts = [
             tuning.choose(
-                layout,
+                None if entry is None else entry.layout,
                 on_gpu=gpu,
                 given=given,
                 n_replicas=on_gpu.count(gpu),
                 cpu_backend=model.cpu_backend,
+                n_cpus=n_cpus,
             )
-            for model, gpu, layout in zip(self.models, on_gpu, known, strict=True)
+            for model, gpu, entry in zip(self.models, on_gpu, known, strict=True)
+        ]
+        self.layout_sources = [
+            tuning.sources(
+                None if entry is None else entry.layout,
+                given=given,
+                measured=str(entry or ""),
+                n_replicas=on_gpu.count(gpu),
+                n_cpus=n_cpus,
+            )
+            for gpu, entry in zip(on_gpu, known, strict=True)
         ]
         n_ctx = n_ctx or min(self.models[0].n_ctx_train, N_CTX_DEFAULT_MAX)
         self.scheduler = self._start(
@@ -154,7 +168,7 @@ class Engine:
             self.larger = f"make the Llama with a larger n_ctx, up to {n_ctx_train}"
         # Explicit sizes are kept; so is what has been measured before.
         fixed = given.pack_tokens or self.scheduler.deterministic or devices
-        may_tune = known == [None] and not fixed
+        may_tune = len(known) == 1 and (known[0] is None or known[0].is_due()) and not fixed
         self._calibration = tuning.Calibration(self.scheduler) if may_tune else None
         self._lock = threading.Lock()
         self._n_running = 0  # [lock] requests that have begun and not ended
@@ -361,9 +375,21 @@ class Engine:
             if self._calibration is None or self._n_texts < CALIBRATION_TEXTS:
                 return
             if (found := self._calibration.step()) is not None:
-                self._calibration = None
-                self.layouts = [replace(self.layouts[0], pack_tokens=found)]
-                tuning.remember(self.models[0], self._on_gpu, self.layouts[0])
+                self._settle(self._calibration, found)
+
+    def _settle(self, calibration: tuning.Calibration, pack_tokens: int) -> None:
+        """Use and remember what was found; a quieter measurement of before may still win."""
+        self._calibration = None
+        entry = tuning.remember_pack(
+            self.models[0],
+            self._on_gpu,
+            pack_tokens,
+            n_packs=calibration.n_packs,
+            noise=calibration.noise,
+        )
+        self.scheduler.pack_tokens = entry.layout.pack_tokens
+        self.layouts = [replace(self.layouts[0], pack_tokens=self.scheduler.pack_tokens)]
+        self.layout_sources = [{**self.layout_sources[0], "pack_tokens": f"measured on {entry}"}]
 
 
 def _stop(job: Job | None, request: Request, error: BaseException) -> None:
@@ -384,3 +410,17 @@ def _progress_bar(n_texts: int | None) -> Iterator[Callable[[int], None] | None]
         return
     with require("tqdm", extra="progress").tqdm(total=n_texts) as bar:
         yield lambda n_done: bar.update(n_done - bar.n)
+
+
+def _backends(models: list[Model], on_gpu: list[bool]) -> list[str]:
+    """Return what computes these models: kinds of GPU, sets of kernels, or ggml."""
+    gpus = [device["name"] for device in devices() if device["type"] in ("GPU", "IGPU")]
+    found = set()
+    for model, gpu in zip(models, on_gpu, strict=True):
+        if gpu:
+            found.add((model.device or gpus[0]).rstrip("0123456789").upper())
+        elif model.cpu_backend == "ggml":
+            found.add("ggml")
+        else:
+            found.add(f"{model.cpu_backend} {kernels()}")
+    return sorted(found)

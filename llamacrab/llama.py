@@ -87,6 +87,9 @@ class Llama:
     n_threads : int
         Threads that compute a pack; 0: what was measured, or the CPUs that the process may use,
         shared between the contexts.
+    n_cpus : int
+        CPUs that all contexts together may use; 0: all that the process may use. With it alone,
+        ``Llama(n_cpus=1)`` keeps one CPU busy, and no more.
     n_gpu_layers : int
         Layers to put on GPUs, if this build has any; -1: all.
     main_gpu : int
@@ -126,7 +129,9 @@ class Llama:
     layouts : list of llamacrab.tuning.Layout
         How each of `devices` computes.
     layout : llamacrab.tuning.Layout
-        Contexts, threads and tokens a pack that are in use.
+        Contexts, threads and tokens per pack that are in use.
+    layout_sources : dict of str to str
+        Where each number of `layout` comes from.
     backends : list of str
         What computes: ``"ggml"``, one of llamacrab's sets of kernels such as ``"llamacrab avx2"``,
         or a kind of GPU such as ``"CUDA"``; several where the copies on `devices` differ.
@@ -155,6 +160,7 @@ class Llama:
         pack_tokens: int = 0,
         n_contexts: int = 0,
         n_threads: int = 0,
+        n_cpus: int = 0,
         n_gpu_layers: int = -1,
         main_gpu: int = 0,
         split_mode: SplitMode = SplitMode.LAYER,
@@ -190,6 +196,7 @@ class Llama:
             n_ubatch=n_ubatch,
             n_seq_max=n_seq_max,
             given=Layout(n_contexts, n_threads, pack_tokens or n_ubatch, flash_attn),
+            n_cpus=n_cpus,
             scheduler_params={
                 "pooling_type": pooling_type,
                 "queue_tokens": queue_tokens,
@@ -224,6 +231,11 @@ class Llama:
     def layout(self) -> Layout:
         """How the model is computed, on the first of its devices; `layouts` has all."""
         return self._engine.layouts[0]
+
+    @property
+    def layout_sources(self) -> dict[str, str]:
+        """Where each field of `layout` comes from: "given", "measured on ..." or "guess"."""
+        return dict(self._engine.layout_sources[0])
 
     @property
     def _scheduler(self) -> Scheduler:

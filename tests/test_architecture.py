@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "tuning": {"errors", "_core", "_support"},
     "requests": {"errors", "_core", "options", "quantize"},
     "models": {"errors", "_core", "_support", "requests"},
-    "_diagnostics": {"_core", "_support", "tuning"},
+    "_diagnostics": {"_core", "_support"},
     "_engine": {"errors", "_core", "_support", "tuning"},
     "llama": {
         "errors", "_core", "options", "requests", "models", "tuning", "_engine", "_diagnostics",
@@ -32,7 +32,7 @@ MAY_IMPORT = {
         "errors", "_core", "_support", "options", "similarity", "requests", "llama",
     },
     "integrations": {"errors", "_support", "options", "llama"},
-    "bench": {"errors", "_core", "_support", "options", "tuning", "_engine", "llama"},
+    "bench": {"errors", "_core", "_support", "options", "_engine", "llama"},
     "cli": {
         "errors", "_core", "_support", "options", "similarity", "requests", "models", "tuning",
         "llama", "corpus", "bench",

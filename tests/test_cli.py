@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 from helpers import DATA, gguf_path, python, rewrite_gguf
 
-from llamacrab import Llama, Model
+from llamacrab import Llama, Model, PoolingType
+from llamacrab.cli.app import _open
 
 MODEL = str(gguf_path("tiny-bert"))
 RERANKER = str(gguf_path("tiny-bert-rank"))
@@ -157,9 +159,20 @@ def test_info_and_versions_say_what_is_there():
     done = run("info", MODEL)
     assert "bert" in done.stdout
     assert "[CLS] text [SEP]" in done.stdout
+    for label in ("contexts", "threads each", "tokens per pack", "flash attention"):
+        assert re.search(rf"^{label} .*\((guess|measured on .*)\)$", done.stdout, re.MULTILINE)
     done = run("versions")
     for word in ("llama.cpp", "GGML_NATIVE", "CPU compiled", "CPU present", "device 0"):
         assert word in done.stdout
+
+
+def test_threads_are_the_cpus_of_all_contexts():
+    # In this process, where the Llama that the command makes can be looked at.
+    with _open(
+        MODEL, PoolingType.UNSPECIFIED, n_ctx=0, threads=1, n_gpu_layers=0, cpu_backend="auto",
+        devices=(),
+    ) as llama:  # fmt: skip
+        assert (llama.layout.n_contexts, llama.layout.n_threads) == (1, 1)
 
 
 def test_the_devices_that_are_listed_can_all_be_named():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import DATA, TEXTS
 
-from llamacrab import Llama, PoolingType, embed_corpus, errors, tuning
+from llamacrab import Llama, PoolingType, _engine, embed_corpus, errors, tuning
 
 N = 60
 BAD = 40
@@ -157,8 +157,10 @@ def test_scores_that_were_computed_are_kept(load):
 def test_a_long_run_finds_the_size_of_its_packs(way, tmp_path, monkeypatch):
     monkeypatch.setenv("LLAMACRAB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(tuning.Calibration, "PACKS_EACH", 1)
-    texts = [f"crab number {i} walks sideways" for i in range(15_000)]
-    with Llama(DATA / "tiny-bert.gguf", n_contexts=1, n_threads=1) as llama:
+    monkeypatch.setattr(_engine, "TEXTS_PER_STEP", 32)
+    texts = [f"crab number {i} walks sideways" for i in range(5000)]
+    # A short queue: the calibration goes on as texts are queued.
+    with Llama(DATA / "tiny-bert.gguf", n_cpus=1, queue_tokens=2048) as llama:
         if way == "embed_texts":
             llama.embed_texts(texts)
         elif way == "embed_iter":

@@ -13,6 +13,7 @@ from helpers import CAUSAL, EMBEDDERS, RERANKERS, TEXTS, check_python, cosines, 
 from llamacrab import Context, Llama, Model, tuning
 from llamacrab._core import devices
 from llamacrab.errors import AllocationError
+from llamacrab.tuning import measure
 
 GPUS = [device["name"] for device in devices() if device["type"] in ("GPU", "IGPU")]
 pytestmark = pytest.mark.skipif(not GPUS, reason="this build and machine have no GPU")
@@ -76,8 +77,8 @@ def test_too_large_a_context_raises_and_the_process_goes_on():
 
 def test_tuning_measures_packs_of_a_gpus_size(monkeypatch):
     # Without flash attention large packs crash Mesa 22.3's software driver, in a thread of its own.
-    monkeypatch.setattr(tuning, "layouts", lambda *_: [tuning.Layout(1, 1, 0, True)])
-    monkeypatch.setattr(tuning, "PACKS_GPU", (256, 1024))
+    monkeypatch.setattr(measure, "layouts", lambda *_: [tuning.Layout(1, 1, 0, True)])
+    monkeypatch.setattr(measure, "PACKS_GPU", (256, 1024))
     with Model(gguf_path("tiny-bert"), device=GPUS[0]) as model:
         found = tuning.tune(model, on_gpu=True, seconds=0.01)
     assert max(one.layout.pack_tokens for one in found.table) > 512

@@ -6,21 +6,13 @@ import importlib.metadata
 import os
 import platform
 import sys
-from pathlib import Path
 
 from llamacrab import _core
+from llamacrab._support.hardware import cpu_features, usable_cpus
 
 __version__ = importlib.metadata.version("llamacrab")
 
 GPU_BACKENDS = ("CUDA", "METAL", "VULKAN")
-# What decides how fast ggml's CPU code can be; features that it never uses are not listed.
-# fmt: off
-CPU_FEATURES = (
-    "ssse3", "avx", "f16c", "fma", "avx2", "bmi2", "avx_vnni", "avx512f", "avx512vl", "avx512bw",
-    "avx512dq", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16",
-    "asimd", "asimdhp", "asimddp", "i8mm", "sve", "sve2", "bf16",
-)
-# fmt: on
 
 
 def check_abi() -> None:
@@ -43,20 +35,6 @@ def check_abi() -> None:
         )
 
 
-def cpu_features() -> list[str]:
-    """Return which of `CPU_FEATURES` this CPU has; empty where the system does not tell."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    has: set[str] = set()
-    for line in lines:
-        if line.startswith(("flags", "Features")):
-            has.update(line.partition(":")[2].split())
-            break
-    return [feature for feature in CPU_FEATURES if feature in has]
-
-
 def _options(info: dict[str, str]) -> dict[str, str]:
     return dict(pair.removeprefix("-D").split("=", 1) for pair in info["options"].split())
 
@@ -75,8 +53,7 @@ def show_versions() -> None:
         "llamacrab": __version__,
         "python": f"{platform.python_version()} ({sys.executable})",
         "numpy": importlib.metadata.version("numpy"),
-        "system": f"{platform.platform()}, {os.cpu_count()} CPUs, "
-        f"{_core.default_n_threads()} usable",
+        "system": f"{platform.platform()}, {os.cpu_count()} CPUs, {usable_cpus()} usable",
         "llama.cpp": f"{info['version']} (commit {info['commit']}, from {info['source']})",
         "backends": ", ".join(["CPU", *compiled_in("BLAS", *GPU_BACKENDS)]),
         "kernels": _core.kernels() or "none: built with the system's libllama",

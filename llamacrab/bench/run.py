@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from llamacrab._support.versions import cpu_features
+from llamacrab._support.hardware import cpu_features, usable_cpus
 from llamacrab.bench import statistics, workloads
 from llamacrab.errors import BenchError, InputError
-from llamacrab.tuning import usable_cpus
 
 VERSION = 1
 # Rows and columns of the product that tells how fast the machine is just now.

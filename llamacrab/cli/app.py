@@ -131,7 +131,7 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "-t",
             type=click.IntRange(0),
             default=0,
-            help="Threads; 0: all that this process may use.",
+            help="CPUs to use in all; 0: all that this process may use.",
         ),
         click.option("--n-gpu-layers", type=int, default=-1, help="Layers on GPUs; -1: all."),
         _CPU_BACKEND,
@@ -171,7 +171,7 @@ def _open(model: Path | None, pooling: PoolingType, **sizes: Any) -> Llama:
         model,
         pooling_type=pooling,
         n_ctx=sizes["n_ctx"],
-        n_threads=sizes["threads"],
+        n_cpus=sizes["threads"],
         n_gpu_layers=sizes["n_gpu_layers"],
         cpu_backend=sizes["cpu_backend"],
         devices=sizes["devices"] or None,
@@ -500,8 +500,27 @@ def info(path: Path | None, show_devices: bool) -> None:
         rows |= {f"prompt {name}": repr(prompt) for name, prompt in prompts.items()}
         if not prompts:
             rows["prompts"] = "none known"
+        rows |= _layout_rows(model)
     for name, value in rows.items():
         click.echo(f"{name:16} {value}")
+
+
+def _layout_rows(model: Model) -> dict[str, str]:
+    """Return how `Llama` would compute, and where each number comes from."""
+    on_gpu = tuning.has_gpu()
+    entry = tuning.recall(model, on_gpu)
+    known, unsaid = None if entry is None else entry.layout, tuning.Layout()
+    used = tuning.choose(known, on_gpu=on_gpu, given=unsaid, cpu_backend=model.cpu_backend)
+    sources = tuning.sources(known, given=unsaid, measured=str(entry or ""))
+    names = {
+        "n_contexts": "contexts",
+        "n_threads": "threads each",
+        "pack_tokens": "tokens per pack",
+        "flash_attn": "flash attention",
+    }
+    return {label: f"{getattr(used, name)} ({sources[name]})" for name, label in names.items()} | {
+        "CPU backend": model.cpu_backend
+    }
 
 
 @main.command()
@@ -590,7 +609,7 @@ def tune_command(
             found = tuning.tune(
                 model, on_gpu=on_gpu, n_tokens=length, seconds=seconds, report=report
             )
-        tuning.remember(model, on_gpu, found.best)
+        tuning.remember(model, on_gpu, found.best, n_packs=found.n_packs, noise=found.noise)
     for (n_contexts, n_threads, flash_attn), (a, b, c) in found.fits.items():
         click.echo(
             f"{n_contexts} x {n_threads}, flash_attn={flash_attn}: seconds(n tokens) = "

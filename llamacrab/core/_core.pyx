@@ -60,6 +60,8 @@ cdef extern from "Python.h":
     bint PyUnicode_IS_ASCII(object text)
     const char *PyUnicode_AsUTF8AndSize(object text, Py_ssize_t *size) except NULL
 
+include "process.pyx"
+include "hardware.pyx"
 include "log.pyx"
 include "vocab.pyx"
 include "tokenization.pyx"

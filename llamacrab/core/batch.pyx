@@ -1,7 +1,7 @@
 # One multi-sequence batch: what goes into one llama_decode.
 
 
-cdef class Batch:
+cdef class Batch(_OfProcess):
     """Tokens of one or more sequences, to be decoded together.
 
     Parameters
@@ -31,7 +31,7 @@ cdef class Batch:
         self._next_pos = {}
 
     def __dealloc__(self):
-        if self._batch.token != NULL:
+        if self._batch.token != NULL and not self.is_foreign():
             c.llama_batch_free(self._batch)
 
     def add(self, int seq_id, tokens, *, pos=None):

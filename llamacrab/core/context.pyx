@@ -10,14 +10,14 @@ _FLASH_ATTN = {
 
 # `no_gc_clear`: when the garbage collector breaks a cycle, it would let go of the model first.
 @cython.no_gc_clear
-cdef class _ContextHandle:
+cdef class _ContextHandle(_OfProcess):
     """Owns a llama_context, and holds the model that it reads."""
 
     cdef c.llama_context *ptr
     cdef _ModelHandle model
 
     def __dealloc__(self):
-        if self.ptr != NULL:
+        if self.ptr != NULL and not self.is_foreign():
             c.llama_free(self.ptr)
 
 
@@ -91,7 +91,7 @@ cdef class Context:
         n_ctx = n_ctx or model.n_ctx_train
         n_batch = n_batch or max(n_ctx, n_seq_max)
         n_ubatch = n_ubatch or n_batch
-        n_threads = n_threads or default_n_threads()
+        n_threads = n_threads or usable_cpus()
         _check_sizes(model, n_ctx, n_batch, n_ubatch, n_seq_max, n_threads)
         _check_memory(n_ctx)
         # llama.cpp plans its memory for a full ubatch of n_seq_max equal sequences, and asserts
@@ -160,6 +160,7 @@ cdef class Context:
         with cython.critical_section(self):
             if self._handle is None:
                 raise ClosedError("the context is closed")
+            self._handle.check_process("Context")
             if self._busy:
                 raise ContextError(
                     "another thread is using this context: make one for each thread, of one model"
@@ -381,15 +382,11 @@ cdef int64_t _CELL_BYTES = 4 + 4 + 8 + 32
 
 cdef int _check_memory(int64_t n_ctx) except -1:
     """Refuse what would have the system end this process for lack of memory."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            kib = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
-    except (OSError, ValueError, StopIteration):
-        return 0  # no Linux: the allocation itself will fail
-    if n_ctx * _CELL_BYTES > kib * 1024:
+    available = available_memory()
+    if available is not None and n_ctx * _CELL_BYTES > available:
         raise AllocationError(
             f"n_ctx={n_ctx} needs {n_ctx * _CELL_BYTES >> 20} MiB for the table of cells alone; "
-            f"{kib >> 10} MiB are available"
+            f"{available >> 20} MiB are available"
         )
     return 0
 
@@ -412,10 +409,3 @@ cdef int _check_sizes(Model model, int n_ctx, int n_batch, int n_ubatch, int n_s
             f"n_ctx={n_ctx} is more than the {model.n_ctx_train} positions that this model has"
         )
     return 0
-
-
-def default_n_threads():
-    """Return how many CPUs this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -36,13 +36,13 @@ cdef c.ggml_backend_dev_t _offloading_device(str name) except? NULL:
     return device
 
 
-cdef class _ModelHandle:
+cdef class _ModelHandle(_OfProcess):
     """Owns a llama_model. Whoever needs the weights holds it, so they outlive `Model.close`."""
 
     cdef c.llama_model *ptr
 
     def __dealloc__(self):
-        if self.ptr != NULL:
+        if self.ptr != NULL and not self.is_foreign():
             c.llama_model_free(self.ptr)
 
 

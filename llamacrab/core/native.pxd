@@ -153,7 +153,6 @@ cdef extern from "native/scheduler.hpp" namespace "llamacrab" nogil:
         token_vector shared
         cbool watched
         uint8_t *done
-        void *user
         waiter event
 
     cppclass item:
@@ -197,9 +196,10 @@ cdef extern from "native/scheduler.hpp" namespace "llamacrab" nogil:
         void add_worker(llama_model *model, llama_context *context,
                         llama_context_params params, int32_t pack_tokens,
                         int32_t pack_texts) except +
-        cbool has_room(job &j, int64_t n_tokens) except +
+        cbool has_room(job &j, int64_t n_tokens, cbool wait) except +
+        void give_up_place(job &j) except +
         cbool admit(job &j, unique_ptr[chunk] texts) except +
-        void seal(job &j) except +
+        cbool seal(job &j, void *user) except +
         cbool finished(job &j) except +
         int64_t n_done(job &j) except +
         void cancel(job &j) except +

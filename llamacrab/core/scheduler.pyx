@@ -22,28 +22,19 @@ def _close_all():
 
 
 @cython.no_gc_clear  # its contexts must outlive the workers
-cdef class _SchedulerHandle:
+cdef class _SchedulerHandle(_OfProcess):
     """Owns the native scheduler, and keeps what its workers use."""
 
     cdef native.scheduler *ptr
     cdef native.thread_pool *pool
     cdef list contexts
-    cdef int pid
 
     def __dealloc__(self):
-        if self.pid != os.getpid():
-            return  # a forked child has no workers to join: what it inherited is left alone
+        if self.is_foreign():
+            return
         with nogil:
             del self.ptr
             del self.pool
-
-    cdef int check_process(self) except -1:
-        if self.pid != os.getpid():
-            raise ForkError(
-                f"this Llama was made in process {self.pid}, and its threads do not exist in this "
-                "child: make a new one after the fork, or start processes with 'spawn'"
-            )
-        return 0
 
 
 class _Place:
@@ -103,10 +94,9 @@ cdef class Scheduler:
         places = [_Place(model, **base), *(_Place(one, **base | own) for one, own in replicas)]
         if queue_tokens < 0:
             raise ContextError(f"queue_tokens must not be negative, as {queue_tokens} is")
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may close what future() has locked
         self.deterministic = deterministic
         self._queue_tokens = queue_tokens
-        handle.pid = os.getpid()
         handle.contexts = []
         wanted = []
         c.log_doubts(False)  # llamacrab/doubts.py says once what llama.cpp would say for each
@@ -167,7 +157,7 @@ cdef class Scheduler:
             handle = self._handle
         if handle is None:
             raise ClosedError("the Llama is closed")
-        handle.check_process()
+        handle.check_process("Llama")
         return handle
 
     def __del__(self):
@@ -179,11 +169,13 @@ cdef class Scheduler:
         with cython.critical_section(self):
             handle = self._handle
             self._handle = None
-        if handle is None or handle.pid != os.getpid():
+        if handle is None or handle.is_foreign():
             return
         with nogil:
             handle.ptr.close()
-        for thread in (self._notifier, self._watcher):
+        with self._lock:  # future() may be starting it
+            notifier = self._notifier
+        for thread in (notifier, self._watcher):
             if thread is not None and thread is not threading.current_thread():
                 thread.join()
         for context in handle.contexts:
@@ -262,14 +254,18 @@ cdef class Scheduler:
         cdef _SchedulerHandle handle = self.handle()
         with self._lock:
             if self._notifier is None:
-                self._notifier = threading.Thread(
+                notifier = threading.Thread(
                     target=_notify, args=(handle,), name="llamacrab-notifier", daemon=True)
-                self._notifier.start()
+                notifier.start()  # one that does not start must not pass for one that has
+                self._notifier = notifier
         future = _JobFuture(job, finish, remap_error)
         job._future = future
         Py_INCREF(job)  # the notifier's, until the job has ended
-        job._job.user = <void *>job
-        job.seal()
+        cdef cbool will_be_reported
+        with nogil:
+            will_be_reported = handle.ptr.seal(job._job[0], <void *>job)
+        if not will_be_reported:
+            _resolve(job)
         return future
 
     def stats(self):
@@ -363,7 +359,7 @@ cdef class Job:
             self._job.done = &done[0]
 
     def __dealloc__(self):
-        if self._job == NULL or self._handle is None or self._handle.pid != os.getpid():
+        if self._job == NULL or self._handle is None or self._handle.is_foreign():
             return
         with nogil:
             # Usually over long since; else no worker may write into rows that are being freed.
@@ -440,13 +436,7 @@ cdef class Job:
             chunk.items[i].n_tokens = <int32_t>(found.ends[i] - chunk.items[i].first)
         self._place_rows(chunk)
         cdef int64_t n_tokens = chunk.tokens.size()
-        while not self._handle.ptr.has_room(self._job[0], n_tokens):
-            if not block:
-                raise QueueFull(
-                    f"{self._handle.ptr.queued_tokens()} tokens wait already; {n_tokens} more do "
-                    f"not fit in {self._handle.ptr.get_limits().queue_tokens}"
-                )
-            self._sleep(deadline)
+        self._await_room(n_tokens, block, deadline)
         cdef cbool admitted
         with nogil:
             admitted = self._handle.ptr.admit(self._job[0], move(texts_in))
@@ -454,6 +444,24 @@ cdef class Job:
             self._raise_failure()
         self._n_added += n_texts
         return n_texts
+
+    cdef int _await_room(self, int64_t n_tokens, bint block, deadline) except -1:
+        """Return when so many tokens may be queued; calls get their room in the order they come."""
+        if self._handle.ptr.has_room(self._job[0], n_tokens, block):
+            return 0
+        if not block:
+            raise QueueFull(
+                f"{self._handle.ptr.queued_tokens()} tokens wait already; {n_tokens} more do "
+                f"not fit in {self._handle.ptr.get_limits().queue_tokens}, or other calls wait "
+                "for room before this one"
+            )
+        try:
+            while not self._handle.ptr.has_room(self._job[0], n_tokens, True):
+                self._sleep(deadline)
+        except BaseException:
+            self._handle.ptr.give_up_place(self._job[0])  # others may fit now
+            raise
+        return 0
 
     cdef int _place_rows(self, native.chunk *chunk) except -1:
         """Give every text the place of its row."""
@@ -488,7 +496,7 @@ cdef class Job:
     def seal(self):
         """Say that no more texts will come."""
         with nogil:
-            self._handle.ptr.seal(self._job[0])
+            self._handle.ptr.seal(self._job[0], NULL)
 
     def wait(self, *, deadline=None, progress=None):
         """Wait until all texts are done and return `rows`.
@@ -516,7 +524,7 @@ cdef class Job:
         wait : bool
             Return only when no worker writes into `rows` any more.
         """
-        if self._handle.pid != os.getpid():
+        if self._handle.is_foreign():
             return
         with nogil:
             self._handle.ptr.cancel(self._job[0])
@@ -572,6 +580,18 @@ class _JobFuture(concurrent.futures.Future):
             job.cancel(wait=False)
         return cancelled
 
+    def _remapped(self, error, job):
+        """Return an error that speaks of the caller's texts; whatever happens, an error."""
+        if not isinstance(error, LlamaError):
+            return error
+        error.rows, error.done = job.rows, job.done
+        try:
+            if self._llamacrab_remap_error is not None:
+                self._llamacrab_remap_error(error)
+        except BaseException as another:
+            return another
+        return error
+
     def _end(self, job):
         """Take over what the job came to, on the notifier's thread."""
         self._llamacrab_job = None
@@ -582,11 +602,7 @@ class _JobFuture(concurrent.futures.Future):
             finish = self._llamacrab_finish
             result = rows if finish is None else finish(rows)
         except BaseException as error:
-            if isinstance(error, LlamaError):
-                error.rows, error.done = job.rows, job.done
-                if self._llamacrab_remap_error is not None:
-                    self._llamacrab_remap_error(error)
-            self.set_exception(error)
+            self.set_exception(self._remapped(error, job))
         else:
             self.set_result(result)
 
@@ -599,12 +615,16 @@ def _notify(_SchedulerHandle handle):
             ended = handle.ptr.next_finished()
         if ended == NULL:
             return
-        job = <Job>ended
-        Py_DECREF(job)
-        future = (<Job>job)._future
-        (<Job>job)._future = None
-        future._end(job)
-        del job, future
+        _resolve(<Job>ended)
+
+
+cdef int _resolve(Job job) except -1:
+    """Resolve the future of a job that has ended."""
+    Py_DECREF(job)
+    future = job._future
+    job._future = None
+    future._end(job)
+    return 0
 
 
 cdef dict _record(native.pack_record one):

@@ -40,8 +40,8 @@ class Embedder:
     options : EmbedOptions, optional
         How texts become vectors.
     **how
-        What `Llama` is made with. `n_threads` and `n_contexts` together should come to the CPUs
-        that an actor is given (``num_cpus=`` of ``map_batches``); by default they do.
+        What `Llama` is made with. By default `n_cpus` is what an actor is given (``num_cpus=`` of
+        ``map_batches``).
 
     Notes
     -----
@@ -57,9 +57,8 @@ class Embedder:
         options: EmbedOptions | None = None,
         **how: Any,
     ) -> None:
-        if "n_contexts" not in how and "n_threads" not in how:
-            how["n_contexts"] = _cpus_of_actor()
-            how["n_threads"] = 1
+        if not {"n_cpus", "n_contexts", "n_threads"} & how.keys():
+            how["n_cpus"] = _cpus_of_actor()
         self._llama = Llama(model, **how)
         self._text = text
         self._output = output

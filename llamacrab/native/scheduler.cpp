@@ -117,6 +117,7 @@ struct scheduler::worker {
     pack_record          record;         // of this pack
     token_vector         shared;         // ids that the context's memory holds, under its last seq_id
     size_t               n_used = 0;     // sequences that its memory holds besides
+    bool                 tainted = false;  // its memory may hold NaN, or no longer `shared`
     bool                 spoil = false;  // an injected fault: take its rows for NaN
     std::atomic<bool>    abort{false};
     std::thread          thread;
@@ -147,13 +148,17 @@ struct scheduler::worker {
         llama_set_abort_callback(context, on_abort, this);
     }
 
-    // Leave a context whose state an exception has put in doubt.
-    void renew() {
-        shared.clear();
-        if (llama_context * fresh = make_context(model, params)) {
-            free_renewed();
-            context = renewed = fresh;
-            watch();
+    // Leave a context whose state an exception has put in doubt; keep it where there is no other.
+    void renew() noexcept {
+        tainted = true;
+        try {
+            if (llama_context * fresh = make_context(model, params)) {
+                free_renewed();
+                context = renewed = fresh;
+                watch();
+            }
+        } catch (...) {
+            // The memory that lacked for the pack may lack for a context as well.
         }
     }
 };
@@ -204,16 +209,43 @@ void scheduler::close() {
 
 // ------------------------------------------------------------------------------------- admission
 
-bool scheduler::has_room(job & j, int64_t n_tokens) {
+bool scheduler::has_room(job & j, int64_t n_tokens, bool wait) {
     std::lock_guard<std::mutex> hold(mutex);
     const bool over = stopping || j.cancelled || j.first_failure.kind != failure_kind::none;
-    if (over || n_waiting_tokens == 0 || n_waiting_tokens + n_tokens <= bounds.queue_tokens) {
+    const auto mine = std::find_if(blocked.begin(), blocked.end(), [&](place & p) { return p.owner == &j; });
+    if (over || (mine != blocked.end() && mine->called)) {
+        leave_place(j);
+        if (over) {
+            wake_producers();
+        }
         return true;  // a job that is over need not wait to hear it from admit()
     }
-    if (std::find(blocked.begin(), blocked.end(), &j) == blocked.end()) {
-        blocked.push_back(&j);
+    if (mine != blocked.end()) {
+        return false;
+    }
+    // A small text must not pass a large one that waits: it might never find the queue empty enough.
+    const int64_t taken = n_waiting_tokens + n_granted_tokens;
+    if ((blocked.empty() || blocked.back().called) && (taken == 0 || taken + n_tokens <= bounds.queue_tokens)) {
+        return true;
+    }
+    if (wait) {
+        blocked.push_back({&j, n_tokens, false});
     }
     return false;
+}
+
+void scheduler::give_up_place(job & j) {
+    std::lock_guard<std::mutex> hold(mutex);
+    leave_place(j);
+    wake_producers();
+}
+
+void scheduler::leave_place(job & j) {
+    const auto mine = std::find_if(blocked.begin(), blocked.end(), [&](place & p) { return p.owner == &j; });
+    if (mine != blocked.end()) {
+        n_granted_tokens -= mine->called ? mine->n_tokens : 0;
+        blocked.erase(mine);
+    }
 }
 
 bool scheduler::admit(job & j, std::unique_ptr<chunk> texts) {
@@ -233,6 +265,7 @@ bool scheduler::admit(job & j, std::unique_ptr<chunk> texts) {
         fail(j, make_failure(failure_kind::closed, 0, "closed"));
     }
     if (j.cancelled || j.first_failure.kind != failure_kind::none) {
+        wake_producers();  // the room that has_room() gave it is free again
         return false;
     }
     if (items.empty()) {
@@ -260,7 +293,8 @@ bool scheduler::admit(job & j, std::unique_ptr<chunk> texts) {
         j.linked = true;
         jobs.push_back(&j);
     }
-    texts.release();  // finish_item frees it
+    texts.release();   // finish_item frees it
+    wake_producers();  // where equal texts take less room than it was given
     if (n_waiting_tokens > bounds.pack_min / 2) {
         work.notify_all();
     } else {
@@ -269,10 +303,16 @@ bool scheduler::admit(job & j, std::unique_ptr<chunk> texts) {
     return true;
 }
 
-void scheduler::seal(job & j) {
+bool scheduler::seal(job & j, void * user) {
     std::lock_guard<std::mutex> hold(mutex);
     j.sealed = true;
+    // After close(), whoever waits in next_finished() may have left. Until then it has not: the jobs that
+    // end are reported before `drained` is set.
+    if (!drained) {
+        j.user = user;
+    }
     settle(j);
+    return !drained;
 }
 
 // ------------------------------------------------------------------------------------- the end
@@ -315,7 +355,7 @@ void scheduler::fail(job & j, failure what) {
 void scheduler::cancel(job & j) {
     std::lock_guard<std::mutex> hold(mutex);
     j.cancelled = true;
-    blocked.erase(std::remove(blocked.begin(), blocked.end(), &j), blocked.end());
+    leave_place(j);
     fail(j, make_failure(failure_kind::cancelled, 0, "cancelled"));
     for (auto & w : workers) {
         stop_if_unwanted(*w);
@@ -348,7 +388,8 @@ void scheduler::drop_waiting(job & j) {
 void scheduler::await_quiet(job & j) {
     std::unique_lock<std::mutex> hold(mutex);
     quiet.wait(hold, [&] { return j.n_open == 0; });
-    blocked.erase(std::remove(blocked.begin(), blocked.end(), &j), blocked.end());
+    leave_place(j);
+    wake_producers();
 }
 
 failure scheduler::failure_of(job & j) {
@@ -368,11 +409,17 @@ void * scheduler::next_finished() {
 }
 
 void scheduler::wake_producers() {
-    if (stopping || n_waiting_tokens < bounds.queue_tokens) {
-        for (job * j : blocked) {
-            j->event.wake();
+    for (place & p : blocked) {
+        const int64_t taken = n_waiting_tokens + n_granted_tokens;
+        if (p.called) {
+            continue;
         }
-        blocked.clear();
+        if (!stopping && taken > 0 && taken + p.n_tokens > bounds.queue_tokens) {
+            return;
+        }
+        p.called = true;
+        n_granted_tokens += p.n_tokens;
+        p.owner->event.wake();
     }
 }
 
@@ -448,45 +495,60 @@ void scheduler::run(worker & w) {
             w.record.wait_seconds = seconds_between(idle_since, clock::now());
         }
         const auto started = clock::now();
-        w.results.assign(w.pack.size(), failure());
-        try {
-            compute(w);
-        } catch (const std::bad_alloc &) {
-            w.results.assign(w.pack.size(), make_failure(failure_kind::no_memory, 0, "out of memory"));
-            w.renew();
-        } catch (const std::exception & error) {
-            w.results.assign(w.pack.size(), make_failure(failure_kind::thrown, 0, error.what()));
-            w.renew();
-        } catch (...) {
-            w.results.assign(w.pack.size(), make_failure(failure_kind::thrown, 0, "unknown exception"));
-            w.renew();
-        }
+        compute(w);
         finish(w, seconds_between(started, clock::now()));
     }
 }
 
 void scheduler::compute(worker & w) {
-    const failure together = decode(w, w.pack.data(), w.pack.size());
-    if (together.kind == failure_kind::none) {
-        int32_t first_token = 0;
-        const auto started  = clock::now();
-        for (size_t k = 0; k < w.pack.size(); ++k) {
-            w.results[k] = copy_row(w, *w.pack[k], int32_t(k), first_token);
-            first_token += w.pack[k]->n_tokens;
+    w.results.assign(w.pack.size(), failure());
+    compute_some(w, 0, w.pack.size());
+    if (w.pack.size() == 1) {
+        return;
+    }
+    // One text must not fail its neighbours, and a NaN of one reaches the rows of all where rows are
+    // products with zeros: each that has failed is computed alone, and fails or not by itself.
+    for (size_t k = 0; k < w.pack.size(); ++k) {
+        if (w.results[k].kind == failure_kind::none) {
+            continue;
+        }
+        if (w.abort) {
+            w.results[k] = make_failure(failure_kind::cancelled, 0, "aborted");
+        } else {
+            compute_some(w, k, 1);
+        }
+    }
+}
+
+// Compute `n` texts of the pack together. Nothing is thrown: each has its result.
+void scheduler::compute_some(worker & w, size_t first, size_t n) {
+    const auto results = w.results.begin() + ptrdiff_t(first);
+    const auto give_up = [&](failure_kind kind, const char * message) {
+        std::fill_n(results, n, make_failure(kind, kind == failure_kind::thrown ? -3 : 0, message));
+        w.renew();
+    };
+    try {
+        const item * const * items    = &w.pack[first];
+        const failure        together = decode(w, items, n);
+        std::fill_n(results, n, together);
+        if (together.kind != failure_kind::none) {
+            w.tainted = true;
+            return;
+        }
+        int32_t    first_token = 0;
+        const auto started     = clock::now();
+        for (size_t k = 0; k < n; ++k) {
+            results[ptrdiff_t(k)] = copy_row(w, *items[k], int32_t(k), first_token);
+            w.tainted |= results[ptrdiff_t(k)].kind != failure_kind::none;
+            first_token += items[k]->n_tokens;
         }
         w.record.copy_seconds += seconds_between(started, clock::now());
-        return;
-    }
-    if (w.pack.size() == 1 || w.abort) {
-        w.results.assign(w.pack.size(), together);
-        return;
-    }
-    // One text must not fail its neighbours: each is computed alone, and fails or not by itself.
-    for (size_t k = 0; k < w.pack.size(); ++k) {
-        w.results[k] = decode(w, &w.pack[k], 1);
-        if (w.results[k].kind == failure_kind::none) {
-            w.results[k] = copy_row(w, *w.pack[k], 0, 0);
-        }
+    } catch (const std::bad_alloc &) {
+        give_up(failure_kind::no_memory, "out of memory");
+    } catch (const std::exception & error) {
+        give_up(failure_kind::thrown, error.what());
+    } catch (...) {
+        give_up(failure_kind::thrown, "unknown exception");
     }
 }
 
@@ -537,7 +599,6 @@ failure scheduler::decode(worker & w, const item * const * items, size_t n) {
     if (code == 0) {
         return failure();
     }
-    w.shared.clear();  // whether its memory still holds them is in doubt
     if (w.abort) {
         return make_failure(failure_kind::cancelled, code, "aborted");
     }
@@ -554,6 +615,12 @@ int32_t scheduler::prepare_memory(worker & w, const item * const * items, size_t
     const llama_memory_t memory = llama_get_memory(w.context);
     if (!memory) {
         return 0;
+    }
+    if (w.tainted) {
+        // The values too, not their places only: attention multiplies what it does not see by zero.
+        llama_memory_clear(memory, /*data=*/true);
+        w.shared.clear();
+        w.tainted = false;
     }
     static const token_vector none;
     const token_vector &      shared = items[0]->n_shared ? items[0]->owner->shared : none;
@@ -688,6 +755,7 @@ void scheduler::finish_item(item & first, const failure & what) {
 void scheduler::set_limits(limits b) {
     std::lock_guard<std::mutex> hold(mutex);
     bounds = b;
+    wake_producers();
 }
 
 limits scheduler::get_limits() {

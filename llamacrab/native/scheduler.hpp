@@ -83,7 +83,6 @@ struct job {
     bool         may_be_zero = false;  // else a row of zeros is a failure, as NaN is
     token_vector shared;         // ids with which most texts begin: computed once, where that is right
     uint8_t *    done      = nullptr;  // set to 1 for each text that has its row; may be null
-    void *       user      = nullptr;  // handed back by next_finished(), where not null
 
     std::deque<item *> waiting;             // [mutex]
     int64_t            waiting_tokens = 0;  // [mutex]
@@ -94,6 +93,7 @@ struct job {
     failure            first_failure;       // [mutex]
     int64_t            n_done = 0;          // [mutex] texts that have their row
     bool               watched = false;     // [mutex] wake the caller at every pack, for progress
+    void *             user = nullptr;      // [mutex] handed back by next_finished(), where not null
     bool               reported = false;    // [mutex] handed to next_finished
     std::unordered_multimap<uint64_t, item *> in_flight;  // [mutex] first of each equal texts
     waiter             event;               // something of this job has changed
@@ -147,9 +147,13 @@ class scheduler {
     // Queue texts of a job. `chunk` must hold items with owner, index, first, n_tokens, row set.
     // Returns false if the scheduler is closed or the job has failed or was cancelled.
     bool admit(job & j, std::unique_ptr<chunk> texts);
-    // Whether `n_tokens` more may be queued now; if not, the job is woken when they may.
-    bool has_room(job & j, int64_t n_tokens);
-    void seal(job & j);
+    // Whether `n_tokens` more may be queued now. If not, and the job is to wait, it takes a place behind those
+    // that wait already, and is woken when it may; it must ask again then, or give the place back.
+    bool has_room(job & j, int64_t n_tokens, bool wait);
+    void give_up_place(job & j);
+    // No more texts will come. `user`, where not null, is what next_finished() will hand back once the job
+    // has ended; returns false where it will not, as all workers have stopped: the job is over then.
+    bool seal(job & j, void * user);
     bool finished(job & j);
     int64_t n_done(job & j);
     // Drop what waits of a job, and abort a running pack that nobody else waits for.
@@ -180,12 +184,19 @@ class scheduler {
 
   private:
     struct worker;
+    // Of a producer that waits for room. Those that are called stand before those that are not.
+    struct place {
+        job *   owner;
+        int64_t n_tokens;
+        bool    called;
+    };
     using clock = std::chrono::steady_clock;
 
     void run(worker & w);
     void take_pack(worker & w);                                  // [mutex]
     void take_from(job & j, worker & w, int64_t & room);         // [mutex]
     void compute(worker & w);
+    void compute_some(worker & w, size_t first, size_t n);
     failure decode(worker & w, const item * const * items, size_t n);
     int32_t prepare_memory(worker & w, const item * const * items, size_t n);
     failure copy_row(worker & w, const item & i, int32_t seq_id, int32_t first_token) const;
@@ -196,6 +207,7 @@ class scheduler {
     bool is_over(const job & j) const;                           // [mutex]
     void settle(job & j);                                        // [mutex]
     void wake_producers();                                       // [mutex]
+    void leave_place(job & j);                                   // [mutex]
     void stop_if_unwanted(worker & w);                           // [mutex]
     fault_kind next_fault();
 
@@ -205,7 +217,8 @@ class scheduler {
     std::condition_variable reports;  // next_finished: a job has ended, or stop
     limits                  bounds;   // [mutex]
     std::deque<job *>       jobs;     // [mutex] those with waiting texts, the next to serve first
-    std::vector<job *>      blocked;  // [mutex] whose producer waits for room
+    std::deque<place>       blocked;  // [mutex] producers that wait for room, the first to come first
+    int64_t                 n_granted_tokens = 0;              // [mutex] of places that are called
     std::deque<void *>      ended;    // [mutex] the `user` of jobs that next_finished will return
     int64_t                 n_waiting_tokens = 0;              // [mutex]
     int64_t                 n_waiting_texts  = 0;              // [mutex]

@@ -1,36 +1,29 @@
-"""How many contexts, threads and tokens a pack: measured, remembered, or guessed.
+"""How many contexts, threads and tokens per pack: measured, remembered, or guessed."""
 
-The cost of a pack of n tokens is modelled as ``a + b n + c n**2`` seconds: a fixed part, the matrix
-products, and an encoder's attention, which spans the whole pack. Seconds a token are least at
-``n = sqrt(a / c)``.
-"""
-
-from llamacrab.tuning.measure import (
+from llamacrab._support.hardware import cgroup_cpus, has_gpu, usable_cpus
+from llamacrab.tuning.cost_model import best_pack, fit, spread_of
+from llamacrab.tuning.layout import (
     N_CONTEXTS_MAX,
     PACK_TOKENS_CPU,
     PACK_TOKENS_GPU,
     PACK_TOKENS_KERNELS,
     PACKS_CPU,
     PACKS_GPU,
-    Calibration,
     Layout,
-    Measurement,
-    Tuning,
-    backends,
-    best_pack,
-    cgroup_cpus,
     choose,
-    content_key,
-    fit,
     guess,
-    has_gpu,
-    key,
     layouts,
-    plot,
+    sources,
+)
+from llamacrab.tuning.measure import Calibration, Measurement, Tuning, plot, tune
+from llamacrab.tuning.store import (
+    Entry,
+    content_key,
+    key,
+    recall,
     remember,
+    remember_pack,
     remembered,
-    tune,
-    usable_cpus,
 )
 
 __all__ = [
@@ -41,10 +34,10 @@ __all__ = [
     "PACK_TOKENS_GPU",
     "PACK_TOKENS_KERNELS",
     "Calibration",
+    "Entry",
     "Layout",
     "Measurement",
     "Tuning",
-    "backends",
     "best_pack",
     "cgroup_cpus",
     "choose",
@@ -55,8 +48,12 @@ __all__ = [
     "key",
     "layouts",
     "plot",
+    "recall",
     "remember",
+    "remember_pack",
     "remembered",
+    "sources",
+    "spread_of",
     "tune",
     "usable_cpus",
 ]
