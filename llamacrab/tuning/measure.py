@@ -231,7 +231,7 @@ def _largest(
 
 
 def _run(
-    scheduler: Scheduler, encoder: Tokenization, texts: list[np.ndarray], seconds: float
+    scheduler: Scheduler, tokenization: Tokenization, texts: list[np.ndarray], seconds: float
 ) -> float:
     """Compute the texts again and again for `seconds`, and return tokens per second."""
     n_tokens = 0
