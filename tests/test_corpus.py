@@ -285,7 +285,7 @@ CHILD = """
 import sys
 from llamacrab import EmbedOptions, Llama
 from llamacrab.corpus import embed_corpus
-with Llama(sys.argv[1], n_contexts=1, pack_tokens=64) as llama:
+with Llama(sys.argv[1], n_contexts=1, n_threads=1, pack_tokens=64) as llama:
     print("ready", flush=True)
     embed_corpus(sys.argv[2], sys.argv[3], llama, keep=["id"], shard_rows=40,
                  options=EmbedOptions(truncate=True))

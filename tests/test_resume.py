@@ -33,7 +33,7 @@ KEYWORDS = {"keep": ["id"], "shard_rows": 20, "options": OPTIONS}
 
 @pytest.fixture(scope="module")
 def tiny():
-    with Llama(gguf_path("tiny-bert"), n_contexts=1) as llama:
+    with Llama(gguf_path("tiny-bert"), n_contexts=1, n_threads=1) as llama:
         yield llama
 
 
@@ -308,7 +308,7 @@ CHILD = """
 import sys
 from llamacrab import EmbedOptions, Llama, LlamaError
 from llamacrab.corpus import embed_corpus
-with Llama(sys.argv[1], n_contexts=1, pack_tokens=64) as llama:
+with Llama(sys.argv[1], n_contexts=1, n_threads=1, pack_tokens=64) as llama:
     try:
         embed_corpus(sys.argv[2], sys.argv[3], llama, keep=["id"], shard_rows=20,
                      options=EmbedOptions(truncate=True))
