@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "rotation.hpp"
+
 namespace llamacrab::kernels {
 
 static size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
@@ -74,11 +76,13 @@ static void to_floats(const ggml_tensor * w, const char * row, float * out) {
     }
 }
 
-static void pack_int8(const ggml_tensor * w, const float * row, int64_t column, void * to) {
+static void pack_int8(const ggml_tensor * w, float * row, int64_t column, void * to) {
     const int64_t k = w->ne[0];
     const size_t padded_k = round_up(k, 4);
     float max = 0;
+    rotate(row, (int) k);
     for (int64_t i = 0; i < k; i++) {
+        row[i] /= rotation_of((int) k);  // activations are rotated without scaling
         const float v = std::fabs(row[i]);
         if (!std::isfinite(v)) {
             throw std::runtime_error(std::string("a weight of ") + w->name + " is not finite");
@@ -153,6 +157,9 @@ void unpack_rows(const ggml_tensor * w, weight_layout layout, const void * from,
                                   place * 4 + i % 4;
                 row[i] = ((const int8_t *) from)[at] * int8_scales(w, from)[m];
             }
+        }
+        if (layout == weight_layout::int8_panels) {
+            rotate(row.data(), (int) k);
         }
         char * out = (char *) to + (m - row0) * row_bytes;
         if (w->type == GGML_TYPE_F32) {

@@ -1,16 +1,61 @@
 // Operations that go row by row: norms, conversions, gates.
 #pragma once
 
+#include "../rotation.hpp"
 #include "gemm.hpp"
 
 namespace {
 
 using llamacrab::kernels::norm_args;
+using llamacrab::kernels::rotation_of;
+using llamacrab::kernels::widest_rotation;
 using llamacrab::kernels::widest_row;
 
+template <int DISTANCE>
+LC_INLINE void rotate_lanes(vf & v) {
+    vf signs;
+    for (int i = 0; i < width; i++) {
+        signs[i] = i & DISTANCE ? -1.f : 1.f;
+    }
+    v = exchange<DISTANCE>(v) + v * signs;
+}
+
+// As kernels::rotate, which takes the rows whose blocks are smaller.
+LC_INLINE void rotate_row(float * x, int n) {
+    if (rotation_of(n) < widest_rotation) {
+        return llamacrab::kernels::rotate(x, n);
+    }
+    constexpr int count = widest_rotation / width;
+    for (int i = 0; i < n; i += widest_rotation) {
+        vf v[count];
+        for (int j = 0; j < count; j++) {
+            v[j] = load(x + i + j * width);
+            rotate_lanes<1>(v[j]);
+            rotate_lanes<2>(v[j]);
+            if (width > 4) {
+                rotate_lanes<width / 2 < 4 ? 1 : 4>(v[j]);
+            }
+            if (width > 8) {
+                rotate_lanes<width / 2 < 8 ? 1 : 8>(v[j]);
+            }
+        }
+        for (int h = 1; h < count; h *= 2) {
+            for (int j = 0; j < count; j++) {
+                if (!(j & h)) {
+                    const vf a = v[j], b = v[j + h];
+                    v[j] = a + b;
+                    v[j + h] = a - b;
+                }
+            }
+        }
+        for (int j = 0; j < count; j++) {
+            store(x + i + j * width, v[j]);
+        }
+    }
+}
+
 // Quantize a row to uint8 for VNNI: value = (byte - zero) * scale. The bytes cover the range of the
-// row's values and zero, so that rows with few negative values, such as results of GELU, do not
-// waste half of it.
+// row's values and zero.
 LC_INLINE void quantize_row(const float * x, int n, uint8_t * y, float * scale) {
     vf low = {}, high = {}, finite = {};  // 0 * NaN is NaN, which a maximum may lose
     int i = 0;
@@ -157,6 +202,7 @@ static void norm(const norm_args & a, int row0, int row1) {
         }
         finish_norm_row(a, row, t, mean, scale);
         if (a.y_int8) {
+            rotate_row(t, a.n);
             quantize_row(t, a.n, a.y_int8 + row * a.ldq, a.y_scale + 2 * row);
         }
     }

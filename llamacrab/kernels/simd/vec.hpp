@@ -82,6 +82,31 @@ LC_INLINE float reduce_max(vf v) {
 #endif
 }
 
+// The lanes i and i ^ DISTANCE change places.
+template <int DISTANCE>
+LC_INLINE vf exchange(vf v) {
+#if defined(__AVX512F__)
+    switch (DISTANCE) {
+        case 1: return (vf) _mm512_permute_ps((__m512) v, 0xb1);
+        case 2: return (vf) _mm512_permute_ps((__m512) v, 0x4e);
+        case 4: return (vf) _mm512_shuffle_f32x4((__m512) v, (__m512) v, 0xb1);
+        default: return (vf) _mm512_shuffle_f32x4((__m512) v, (__m512) v, 0x4e);
+    }
+#elif defined(__AVX2__)
+    switch (DISTANCE) {
+        case 1: return (vf) _mm256_permute_ps((__m256) v, 0xb1);
+        case 2: return (vf) _mm256_permute_ps((__m256) v, 0x4e);
+        default: return (vf) _mm256_permute2f128_ps((__m256) v, (__m256) v, 1);
+    }
+#else
+    vf r;
+    for (int i = 0; i < width; i++) {
+        r[i] = v[i ^ DISTANCE];
+    }
+    return r;
+#endif
+}
+
 // Load the first n numbers of a vector; the rest are zeros.
 LC_INLINE vf load_part(const float * p, int n) {
     vf r = {};

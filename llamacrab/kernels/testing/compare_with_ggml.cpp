@@ -79,6 +79,7 @@ struct linear_case : test_case {
     int act = no_op;  // of ggml_unary_op
     bool residual = false;
     std::string norm;  // "", "layer" or "rms"
+    int outlier = 0;   // added to one value of each row
 
     void read(field_reader & f) override {
         f.required("rows", rows);
@@ -89,11 +90,18 @@ struct linear_case : test_case {
         f.optional("act", act);
         f.optional("residual", residual);
         f.optional("norm", norm);
+        f.optional("outlier", outlier);
         f.optional("int8", int8);
     }
 
     ggml_tensor * build(graph_builder & b) const override {
-        ggml_tensor * y = linear(b, b.result(k, rows), type, m, bias);
+        ggml_tensor * x = b.result(k, rows);
+        if (outlier) {
+            std::vector<float> row(k);
+            row[k / 3] = (float) outlier;
+            x = ggml_add(b.g(), x, ggml_scale(b.g(), b.input(GGML_TYPE_F32, k, 1, row), 1.0f));
+        }
+        ggml_tensor * y = linear(b, x, type, m, bias);
         y = act != no_op ? ggml_unary(b.g(), y, (ggml_unary_op) act) : y;
         y = residual ? ggml_add(b.g(), y, b.result(m, rows)) : y;
         return norm.empty() ? y : normed(b, y, norm == "rms");
