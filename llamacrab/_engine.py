@@ -404,7 +404,7 @@ def _stop(job: Job | None, request: Request, error: BaseException) -> None:
 
 @contextlib.contextmanager
 def _progress_bar(n_texts: int | None) -> Iterator[Callable[[int], None] | None]:
-    """Show a bar, and give what moves it to so many texts; None where there is none to show."""
+    """Show a progress bar and yield what updates it to a number of texts; else yield None."""
     if n_texts is None:
         yield None
         return

@@ -18,7 +18,7 @@ cdef extern from "native/log.hpp" namespace "llamacrab" nogil:
     void log_install(log_sink sink)
     void log_set_threshold(int level)
     string log_take_errors() except +
-    void log_doubts(bint passes)
+    void log_context_warnings(bint passes)
 
 
 cdef extern from "ggml-backend.h" nogil:

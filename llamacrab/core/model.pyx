@@ -37,7 +37,7 @@ cdef c.ggml_backend_dev_t _offloading_device(str name) except? NULL:
 
 
 cdef class _ModelHandle(_OfProcess):
-    """Owns a llama_model. Whoever needs the weights holds it, so they outlive `Model.close`."""
+    """Owns a llama_model. What needs the weights holds it, so they outlive `Model.close`."""
 
     cdef c.llama_model *ptr
 

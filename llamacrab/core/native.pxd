@@ -199,7 +199,7 @@ cdef extern from "native/scheduler.hpp" namespace "llamacrab" nogil:
         cbool has_room(job &j, int64_t n_tokens, cbool wait) except +
         void give_up_place(job &j) except +
         cbool admit(job &j, unique_ptr[chunk] texts) except +
-        cbool seal(job &j, void *user) except +
+        cbool seal(job &j, void *on_done_data) except +
         cbool finished(job &j) except +
         int64_t n_done(job &j) except +
         void cancel(job &j) except +

@@ -37,7 +37,7 @@ cdef class _SchedulerHandle(_OfProcess):
             del self.pool
 
 
-class _Place:
+class _Replica:
     """A model on a device: how many contexts it has there, what they are made with, its packs."""
 
     def __init__(self, Model model not None, *, int n_contexts, int pack_tokens, **how):
@@ -91,7 +91,7 @@ cdef class Scheduler:
         cdef Context context
         cdef int most
         base = {"n_contexts": n_contexts, "pack_tokens": pack_tokens, **how}
-        places = [_Place(model, **base), *(_Place(one, **base | own) for one, own in replicas)]
+        places = [_Replica(model, **base), *(_Replica(one, **base | own) for one, own in replicas)]
         if queue_tokens < 0:
             raise ContextError(f"queue_tokens must not be negative, as {queue_tokens} is")
         self._lock = threading.RLock()  # a signal's handler may close what future() has locked
@@ -99,7 +99,7 @@ cdef class Scheduler:
         self._queue_tokens = queue_tokens
         handle.contexts = []
         wanted = []
-        c.log_doubts(False)  # llamacrab/doubts.py says once what llama.cpp would say for each
+        c.log_context_warnings(False)  # _diagnostics.py says once what llama.cpp says per context
         try:
             # In turn, so that the first free workers are those of different devices.
             for turn in range(max(place.n_contexts for place in places)):
@@ -108,7 +108,7 @@ cdef class Scheduler:
                         handle.contexts.append(Context(place.model, **place.how))
                         wanted.append(place.pack_tokens)
         finally:
-            c.log_doubts(True)
+            c.log_context_warnings(True)
         if min(wanted) < 1:
             raise ContextError(f"pack_tokens must be at least 1, not {min(wanted)}")
         # The one that takes the shortest texts says which are too long.
@@ -311,8 +311,8 @@ cdef class Scheduler:
 cdef class Job:
     """One call's texts on their way through the scheduler.
 
-    `add` texts, then `seal` and `wait`. Whoever stops early must `cancel`: the rows belong to the
-    workers until then.
+    `add` texts, then `seal` and `wait`. A caller that stops early must `cancel`: the rows belong
+    to the workers until then.
 
     Attributes
     ----------
@@ -446,7 +446,7 @@ cdef class Job:
         return n_texts
 
     cdef int _await_room(self, int64_t n_tokens, bint block, deadline) except -1:
-        """Return when so many tokens may be queued; calls get their room in the order they come."""
+        """Wait for room for `n_tokens` tokens; calls get their room in the order they come."""
         if self._handle.ptr.has_room(self._job[0], n_tokens, block):
             return 0
         if not block:
@@ -641,7 +641,7 @@ cdef dict _record(native.pack_record one):
 
 
 def _watch(_SchedulerHandle handle, on_pack):
-    """Tell of every pack that ends; workers do not wait for whoever listens."""
+    """Call `on_pack` for every pack that ends; workers do not wait for it."""
     cdef int64_t n_seen = 0
     cdef vector[native.pack_record] fresh
     cdef native.pack_record one

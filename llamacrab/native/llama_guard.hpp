@@ -1,9 +1,9 @@
 // llama.cpp asserts on numbers of a GGUF that contradict each other, which would end the process.
-// While it loads a model, plans a context, or computes with one thread, it works on the calling thread
-// only, and from there an assertion can leave as an exception, as its own errors do. The frames that it
-// crosses are C++, or C with the unwind tables that compilers write on Linux and macOS. Elsewhere it
-// still ends the process: one that fails on a thread of ggml's, or with other threads waiting for it,
-// has no way out.
+// While it loads a model, plans a context, or computes with one thread, it works on the calling
+// thread only, and from there an assertion can leave as an exception, as its own errors do. The
+// frames that it crosses are C++, or C with the unwind tables that compilers write on Linux and
+// macOS. Elsewhere it still ends the process: one that fails on a thread of ggml's, or with other
+// threads waiting for it, has no way out.
 #pragma once
 
 #include <cstdio>
@@ -22,7 +22,8 @@ inline bool & asserts_throw() {
 inline void on_assert(const char * message) {
     if (asserts_throw()) {
         const std::string whole = message;  // begins with the path of llama.cpp's source
-        throw std::runtime_error("gave up at " + whole.substr(whole.rfind('/', whole.find(": ")) + 1));
+        throw std::runtime_error("gave up at " +
+                                 whole.substr(whole.rfind('/', whole.find(": ")) + 1));
     }
     std::fprintf(stderr, "%s\n", message);
 }

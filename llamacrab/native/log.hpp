@@ -1,5 +1,5 @@
-// llama.cpp's log, made safe for Python: whole lines, per thread, and never the GIL unless a line is
-// wanted. The callback is process-wide and may run on any thread, ggml's own included.
+// llama.cpp's log, made safe for Python: whole lines, per thread, and never the GIL unless a line
+// is wanted. The callback is process-wide and may run on any thread, ggml's own included.
 #pragma once
 
 #include <algorithm>
@@ -14,16 +14,16 @@ namespace llamacrab {
 using log_sink = void (*)(int level, const char * line);
 
 struct log_state {
-    std::atomic<int>      threshold{GGML_LOG_LEVEL_ERROR + 1};  // lines below it never reach the sink
+    std::atomic<int> threshold{GGML_LOG_LEVEL_ERROR + 1};  // lines below it never reach the sink
     std::atomic<log_sink> sink{nullptr};
 };
 
 struct log_thread {
-    int         level = GGML_LOG_LEVEL_NONE;
-    std::string line;    // the unfinished line
-    std::string errors;  // finished error lines since log_take_errors()
-    bool        muted = false;  // what this thread says now is expected, and nobody's concern
-    bool        doubting = true;  // whether its doubts about a context are anybody's concern
+    int level = GGML_LOG_LEVEL_NONE;
+    std::string line;              // the unfinished line
+    std::string errors;            // finished error lines since log_take_errors()
+    bool muted = false;            // what this thread logs now is expected, and dropped
+    bool context_warnings = true;  // whether warnings about a context are logged
 };
 
 // Warnings about generating text, which is not done here. They are logged as DEBUG.
@@ -48,7 +48,7 @@ inline log_thread & log_local() {
 
 inline void log_callback(ggml_log_level level, const char * text, void *) noexcept try {
     auto & shared = log_shared();
-    auto & local  = log_local();
+    auto & local = log_local();
     if (local.muted) {
         return;
     }
@@ -76,7 +76,8 @@ inline void log_callback(ggml_log_level level, const char * text, void *) noexce
         local.errors += line;
     }
     const auto says = [&](const char * part) { return line.find(part) != std::string::npos; };
-    if (!local.doubting && (says("> n_ctx_train") || says("model default pooling_type is"))) {
+    if (!local.context_warnings &&
+        (says("> n_ctx_train") || says("model default pooling_type is"))) {
         return;
     }
     if (said == GGML_LOG_LEVEL_WARN &&
@@ -100,17 +101,15 @@ inline std::string log_take_errors() {
 // An abort that we asked for is no error, though llama.cpp logs it as one.
 inline void log_mute(bool muted) { log_local().muted = muted; }
 
-// Whether llama.cpp's warnings about the sizes and the pooling of a context pass: it gives them for every
-// context anew, and for more cells than one text can use.
-inline void log_doubts(bool pass) { log_local().doubting = pass; }
+// Whether llama.cpp's warnings about the sizes and the pooling of a context pass: it gives them for
+// every context, and for more cells than one text can use.
+inline void log_context_warnings(bool pass) { log_local().context_warnings = pass; }
 
 inline void log_install(log_sink sink) {
     log_shared().sink = sink;
     llama_log_set(log_callback, nullptr);
 }
 
-inline void log_set_threshold(int level) {
-    log_shared().threshold = level;
-}
+inline void log_set_threshold(int level) { log_shared().threshold = level; }
 
 }  // namespace llamacrab

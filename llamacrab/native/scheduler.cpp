@@ -16,19 +16,20 @@ namespace {
 
 constexpr size_t kept_packs = 4096;
 
-double seconds_between(std::chrono::steady_clock::time_point a, std::chrono::steady_clock::time_point b) {
+double seconds_between(std::chrono::steady_clock::time_point a,
+                       std::chrono::steady_clock::time_point b) {
     return std::chrono::duration<double>(b - a).count();
 }
 
 failure make_failure(failure_kind kind, int32_t code, std::string message) {
     failure what;
-    what.kind    = kind;
-    what.code    = code;
+    what.kind = kind;
+    what.code = code;
     what.message = std::move(message);
     return what;
 }
 
-const llama_token * ids_of(const item & i) { return i.home->tokens.data() + i.first; }
+const llama_token * ids_of(const item & i) { return i.chunk->tokens.data() + i.first; }
 
 uint64_t hash_of(const item & i) {
     const auto * bytes = reinterpret_cast<const char *>(ids_of(i));
@@ -40,7 +41,8 @@ bool same_ids(const item & a, const item & b) {
 }
 
 bool begins_with(const item & i, const token_vector & ids) {
-    return !ids.empty() && size_t(i.n_tokens) > ids.size() && std::equal(ids.begin(), ids.end(), ids_of(i));
+    return !ids.empty() && size_t(i.n_tokens) > ids.size() &&
+           std::equal(ids.begin(), ids.end(), ids_of(i));
 }
 
 // Whether texts of two jobs may rest on the same shared ids.
@@ -64,7 +66,8 @@ double norm_of(const float * row, int32_t n, double p) {
         return p == norm_max ? most : most / 32760;
     }
     for (int32_t e = 0; e < n; ++e) {
-        sum += std::pow(std::abs(row[e]) / most, p);  // relative to the greatest: no power underflows
+        sum +=
+            std::pow(std::abs(row[e]) / most, p);  // relative to the greatest: no power underflows
     }
     return most * std::pow(sum, 1 / p);
 }
@@ -95,7 +98,8 @@ bool waiter::sleep(int64_t microseconds) {
     if (PyThread_acquire_lock_timed(lock, microseconds, /*intr_flag=*/1) != PY_LOCK_ACQUIRED) {
         return false;
     }
-    // A wake that comes before this line is not lost: whoever slept looks at the state afterwards.
+    // A wake that comes before this line is not lost: the thread that slept checks the state
+    // afterwards.
     woken = false;
     return true;
 }
@@ -103,27 +107,31 @@ bool waiter::sleep(int64_t microseconds) {
 // ---------------------------------------------------------------------------------------- worker
 
 struct scheduler::worker {
-    int32_t              number;
-    llama_model *        model   = nullptr;
-    llama_context *      context = nullptr;
+    int32_t number;
+    llama_model * model = nullptr;
+    llama_context * context = nullptr;
     llama_context_params params;
-    int32_t              pack_tokens = 0;    // the most that this place takes, beside the scheduler's bounds
-    size_t               pack_texts  = 0;
-    llama_context *      renewed = nullptr;  // a context that replaced the first one: ours to free
-    llama_batch          batch;
-    std::vector<item *>  pack;
+    int32_t pack_tokens = 0;  // the most that this place takes, beside the scheduler's bounds
+    size_t pack_texts = 0;
+    llama_context * renewed = nullptr;  // a context that replaced the first one: ours to free
+    llama_batch batch;
+    std::vector<item *> pack;
     std::vector<failure> results;  // one for each text of the pack
-    worker_stats         stats;    // [mutex]
-    pack_record          record;         // of this pack
-    token_vector         shared;         // ids that the context's memory holds, under its last seq_id
-    size_t               n_used = 0;     // sequences that its memory holds besides
-    bool                 tainted = false;  // its memory may hold NaN, or no longer `shared`
-    bool                 spoil = false;  // an injected fault: take its rows for NaN
-    std::atomic<bool>    abort{false};
-    std::thread          thread;
+    worker_stats stats;            // [mutex]
+    pack_record record;            // of this pack
+    token_vector shared;           // ids that the context's memory holds, under its last seq_id
+    size_t n_used = 0;             // sequences that its memory holds besides
+    bool tainted = false;          // its memory may hold NaN, or no longer `shared`
+    bool spoil = false;            // an injected fault: take its rows for NaN
+    std::atomic<bool> abort{false};
+    std::thread thread;
 
     worker(int32_t n, llama_model * m, llama_context * ctx, llama_context_params how)
-        : number(n), model(m), context(ctx), params(how), batch(llama_batch_init(int32_t(llama_n_batch(ctx)), 0, 1)) {
+        : number(n),
+          model(m),
+          context(ctx),
+          params(how),
+          batch(llama_batch_init(int32_t(llama_n_batch(ctx)), 0, 1)) {
         watch();
     }
 
@@ -169,12 +177,12 @@ scheduler::scheduler(limits b) : bounds(b) {}
 
 scheduler::~scheduler() { close(); }
 
-void scheduler::add_worker(llama_model * model, llama_context * context, llama_context_params params,
-                           int32_t pack_tokens, int32_t pack_texts) {
-    auto     made = std::make_unique<worker>(int32_t(workers.size()), model, context, params);
-    worker & w    = *made;
+void scheduler::add_worker(llama_model * model, llama_context * context,
+                           llama_context_params params, int32_t pack_tokens, int32_t pack_texts) {
+    auto made = std::make_unique<worker>(int32_t(workers.size()), model, context, params);
+    worker & w = *made;
     w.pack_tokens = pack_tokens;
-    w.pack_texts  = size_t(pack_texts);
+    w.pack_texts = size_t(pack_texts);
     {
         std::lock_guard<std::mutex> hold(mutex);
         workers.push_back(std::move(made));
@@ -212,7 +220,8 @@ void scheduler::close() {
 bool scheduler::has_room(job & j, int64_t n_tokens, bool wait) {
     std::lock_guard<std::mutex> hold(mutex);
     const bool over = stopping || j.cancelled || j.first_failure.kind != failure_kind::none;
-    const auto mine = std::find_if(blocked.begin(), blocked.end(), [&](place & p) { return p.owner == &j; });
+    const auto mine =
+        std::find_if(blocked.begin(), blocked.end(), [&](place & p) { return p.owner == &j; });
     if (over || (mine != blocked.end() && mine->called)) {
         leave_place(j);
         if (over) {
@@ -223,9 +232,11 @@ bool scheduler::has_room(job & j, int64_t n_tokens, bool wait) {
     if (mine != blocked.end()) {
         return false;
     }
-    // A small text must not pass a large one that waits: it might never find the queue empty enough.
+    // A small text must not pass a large one that waits: it might never find the queue empty
+    // enough.
     const int64_t taken = n_waiting_tokens + n_granted_tokens;
-    if ((blocked.empty() || blocked.back().called) && (taken == 0 || taken + n_tokens <= bounds.queue_tokens)) {
+    if ((blocked.empty() || blocked.back().called) &&
+        (taken == 0 || taken + n_tokens <= bounds.queue_tokens)) {
         return true;
     }
     if (wait) {
@@ -241,7 +252,8 @@ void scheduler::give_up_place(job & j) {
 }
 
 void scheduler::leave_place(job & j) {
-    const auto mine = std::find_if(blocked.begin(), blocked.end(), [&](place & p) { return p.owner == &j; });
+    const auto mine =
+        std::find_if(blocked.begin(), blocked.end(), [&](place & p) { return p.owner == &j; });
     if (mine != blocked.end()) {
         n_granted_tokens -= mine->called ? mine->n_tokens : 0;
         blocked.erase(mine);
@@ -252,12 +264,12 @@ bool scheduler::admit(job & j, std::unique_ptr<chunk> texts) {
     // Long texts first: they are packs of their own, and what is left at the end packs finely.
     auto & items = texts->items;
     for (item & i : items) {
-        i.home = texts.get();
+        i.chunk = texts.get();
     }
     std::stable_sort(items.begin(), items.end(),
                      [](const item & a, const item & b) { return a.n_tokens > b.n_tokens; });
     for (item & i : items) {
-        i.hash     = j.dedup ? hash_of(i) : 0;
+        i.hash = j.dedup ? hash_of(i) : 0;
         i.n_shared = begins_with(i, j.shared) ? int32_t(j.shared.size()) : 0;
     }
     std::lock_guard<std::mutex> hold(mutex);
@@ -276,10 +288,11 @@ bool scheduler::admit(job & j, std::unique_ptr<chunk> texts) {
     for (item & i : items) {
         if (j.dedup) {
             const auto [begin, end] = j.in_flight.equal_range(i.hash);
-            const auto twin = std::find_if(begin, end, [&](auto & kept) { return same_ids(*kept.second, i); });
+            const auto twin =
+                std::find_if(begin, end, [&](auto & kept) { return same_ids(*kept.second, i); });
             if (twin != end) {
-                i.same              = twin->second->same;
-                twin->second->same  = &i;
+                i.next_duplicate = twin->second->next_duplicate;
+                twin->second->next_duplicate = &i;
                 continue;
             }
             j.in_flight.emplace(i.hash, &i);
@@ -303,13 +316,13 @@ bool scheduler::admit(job & j, std::unique_ptr<chunk> texts) {
     return true;
 }
 
-bool scheduler::seal(job & j, void * user) {
+bool scheduler::seal(job & j, void * on_done_data) {
     std::lock_guard<std::mutex> hold(mutex);
     j.sealed = true;
-    // After close(), whoever waits in next_finished() may have left. Until then it has not: the jobs that
-    // end are reported before `drained` is set.
+    // After close(), the thread that waits in next_finished() may have left. Before, it has not:
+    // the jobs that end are reported before `drained` is set.
     if (!drained) {
-        j.user = user;
+        j.on_done_data = on_done_data;
     }
     settle(j);
     return !drained;
@@ -335,9 +348,9 @@ void scheduler::settle(job & j) {
     if (!is_over(j)) {
         return;
     }
-    if (j.user && !j.reported) {
+    if (j.on_done_data && !j.reported) {
         j.reported = true;
-        ended.push_back(j.user);
+        ended.push_back(j.on_done_data);
         reports.notify_one();
     }
     j.event.wake();
@@ -403,9 +416,9 @@ void * scheduler::next_finished() {
     if (ended.empty()) {
         return nullptr;
     }
-    void * user = ended.front();
+    void * on_done_data = ended.front();
     ended.pop_front();
-    return user;
+    return on_done_data;
 }
 
 void scheduler::wake_producers() {
@@ -429,18 +442,20 @@ void scheduler::take_pack(worker & w) {
     w.pack.clear();
     w.abort = false;
     // No pack takes more than a worker's share of what waits, so that at the end of a job all
-    // workers finish together; but packs too small would pay their fixed cost too often. Where another
-    // worker has nothing to do, a smaller pack makes the texts ready sooner at nobody's cost.
-    const auto    n_workers = int64_t(workers.size());
-    const int64_t share     = (n_waiting_tokens + n_workers - 1) / n_workers;
-    const int64_t least     = n_idle ? bounds.pack_min / 2 : bounds.pack_min;
-    const int64_t most      = std::min(bounds.pack_tokens, w.pack_tokens);
-    int64_t       room      = std::min(std::max(share, least), most);
+    // workers finish together; but packs too small would pay their fixed cost too often. Where
+    // another worker has nothing to do, a smaller pack makes the texts ready sooner and costs
+    // nothing.
+    const auto n_workers = int64_t(workers.size());
+    const int64_t share = (n_waiting_tokens + n_workers - 1) / n_workers;
+    const int64_t least = n_idle ? bounds.pack_min / 2 : bounds.pack_min;
+    const int64_t most = std::min(bounds.pack_tokens, w.pack_tokens);
+    int64_t room = std::min(std::max(share, least), most);
 
     // Every job heads a pack in its turn, so that a bulk job does not starve a single text. A job
     // whose next text did not fit keeps its place at the front.
     std::vector<job *> passed;
-    for (size_t turns = jobs.size(); turns > 0 && room > 0 && w.pack.size() < w.pack_texts; --turns) {
+    for (size_t turns = jobs.size(); turns > 0 && room > 0 && w.pack.size() < w.pack_texts;
+         --turns) {
         job * j = jobs.front();
         jobs.pop_front();
         const size_t before = w.pack.size();
@@ -491,7 +506,7 @@ void scheduler::run(worker & w) {
                 return;
             }
             take_pack(w);
-            w.record              = pack_record();
+            w.record = pack_record();
             w.record.wait_seconds = seconds_between(idle_since, clock::now());
         }
         const auto started = clock::now();
@@ -506,8 +521,8 @@ void scheduler::compute(worker & w) {
     if (w.pack.size() == 1) {
         return;
     }
-    // One text must not fail its neighbours, and a NaN of one reaches the rows of all where rows are
-    // products with zeros: each that has failed is computed alone, and fails or not by itself.
+    // One text must not fail its neighbours, and a NaN of one reaches the rows of all where rows
+    // are products with zeros: each that has failed is computed alone, and fails or not by itself.
     for (size_t k = 0; k < w.pack.size(); ++k) {
         if (w.results[k].kind == failure_kind::none) {
             continue;
@@ -528,15 +543,15 @@ void scheduler::compute_some(worker & w, size_t first, size_t n) {
         w.renew();
     };
     try {
-        const item * const * items    = &w.pack[first];
-        const failure        together = decode(w, items, n);
+        const item * const * items = &w.pack[first];
+        const failure together = decode(w, items, n);
         std::fill_n(results, n, together);
         if (together.kind != failure_kind::none) {
             w.tainted = true;
             return;
         }
-        int32_t    first_token = 0;
-        const auto started     = clock::now();
+        int32_t first_token = 0;
+        const auto started = clock::now();
         for (size_t k = 0; k < n; ++k) {
             results[ptrdiff_t(k)] = copy_row(w, *items[k], int32_t(k), first_token);
             w.tainted |= results[ptrdiff_t(k)].kind != failure_kind::none;
@@ -555,22 +570,23 @@ void scheduler::compute_some(worker & w, size_t first, size_t n) {
 namespace {
 
 // Add the tokens [first, n_tokens) of a text to a batch.
-void add_to(llama_batch & batch, const llama_token * ids, int32_t first, int32_t n_tokens, size_t seq_id) {
+void add_to(llama_batch & batch, const llama_token * ids, int32_t first, int32_t n_tokens,
+            size_t seq_id) {
     for (int32_t pos = first; pos < n_tokens; ++pos) {
-        const int32_t at    = batch.n_tokens++;
-        batch.token[at]     = ids[pos];
-        batch.pos[at]       = pos;
-        batch.n_seq_id[at]  = 1;
+        const int32_t at = batch.n_tokens++;
+        batch.token[at] = ids[pos];
+        batch.pos[at] = pos;
+        batch.n_seq_id[at] = 1;
         batch.seq_id[at][0] = llama_seq_id(seq_id);
-        batch.logits[at]    = 1;  // llama.cpp wants every token as an output for embeddings
+        batch.logits[at] = 1;  // llama.cpp wants every token as an output for embeddings
     }
 }
 
 }  // namespace
 
 failure scheduler::decode(worker & w, const item * const * items, size_t n) {
-    const auto    started = clock::now();
-    llama_batch & batch   = w.batch;
+    const auto started = clock::now();
+    llama_batch & batch = w.batch;
     // On this thread alone an assertion of llama.cpp can be caught, as any other exception.
     std::optional<throwing_asserts> scope;
     if (w.params.n_threads_batch == 1) {
@@ -588,7 +604,8 @@ failure scheduler::decode(worker & w, const item * const * items, size_t n) {
     int32_t code = prepare_memory(w, items, n);
     batch.n_tokens = 0;
     for (size_t seq_id = 0; seq_id < n; ++seq_id) {
-        add_to(batch, ids_of(*items[seq_id]), items[seq_id]->n_shared, items[seq_id]->n_tokens, seq_id);
+        add_to(batch, ids_of(*items[seq_id]), items[seq_id]->n_shared, items[seq_id]->n_tokens,
+               seq_id);
     }
     if (code == 0) {
         code = injected == fault_kind::decode_error ? -3 : llama_decode(w.context, batch);
@@ -603,14 +620,15 @@ failure scheduler::decode(worker & w, const item * const * items, size_t n) {
         return make_failure(failure_kind::cancelled, code, "aborted");
     }
     if (code == 1) {
-        return make_failure(failure_kind::decode, code, "the context's memory has no room for these tokens");
+        return make_failure(failure_kind::decode, code,
+                            "the context's memory has no room for these tokens");
     }
     return make_failure(failure_kind::decode, code, log_take_errors());
 }
 
-// Empty the memory of a causal model of the texts before, and have it hold what these share: ids that
-// all texts of a call begin with are computed once, and every text goes on from them. Returns what
-// llama_decode did.
+// Empty the memory of a causal model of the texts before, and have it hold what these share: ids
+// that all texts of a call begin with are computed once, and every text goes on from them. Returns
+// what llama_decode did.
 int32_t scheduler::prepare_memory(worker & w, const item * const * items, size_t n) {
     const llama_memory_t memory = llama_get_memory(w.context);
     if (!memory) {
@@ -623,8 +641,8 @@ int32_t scheduler::prepare_memory(worker & w, const item * const * items, size_t
         w.tainted = false;
     }
     static const token_vector none;
-    const token_vector &      shared = items[0]->n_shared ? items[0]->owner->shared : none;
-    const auto                keeper = llama_seq_id(llama_n_seq_max(w.context) - 1);
+    const token_vector & shared = items[0]->n_shared ? items[0]->owner->shared : none;
+    const auto keeper = llama_seq_id(llama_n_seq_max(w.context) - 1);
     if (shared.empty() || shared != w.shared) {
         llama_memory_clear(memory, false);
         w.shared.clear();
@@ -656,8 +674,8 @@ failure scheduler::copy_row(worker & w, const item & i, int32_t seq_id, int32_t 
         if (!row) {
             return make_failure(failure_kind::decode, 0, "llama.cpp has no row for this text");
         }
-        const job &   j      = *i.owner;
-        const double  square = norm_of(row, j.width, 2);
+        const job & j = *i.owner;
+        const double square = norm_of(row, j.width, 2);
         if (!std::isfinite(square) || w.spoil) {
             return make_failure(failure_kind::numerical, 0, "NaN or infinite");
         }
@@ -665,7 +683,7 @@ failure scheduler::copy_row(worker & w, const item & i, int32_t seq_id, int32_t 
             return make_failure(failure_kind::numerical, 0, "all zero");
         }
         const float scale = j.norm == norm_none ? 1.0f : float(1 / norm_of(row, j.width, j.norm));
-        float *     into  = i.row + size_t(k) * j.width;
+        float * into = i.row + size_t(k) * j.width;
         for (int32_t e = 0; e < j.width; ++e) {
             into[e] = row[e] * scale;
         }
@@ -676,9 +694,9 @@ failure scheduler::copy_row(worker & w, const item & i, int32_t seq_id, int32_t 
 void scheduler::finish(worker & w, double seconds) {
     std::lock_guard<std::mutex> hold(mutex);
     pack_record & record = w.record;
-    record.worker        = w.number;
-    record.n_texts       = int32_t(w.pack.size());
-    record.seconds       = seconds;
+    record.worker = w.number;
+    record.n_texts = int32_t(w.pack.size());
+    record.seconds = seconds;
     record.queued_tokens = n_waiting_tokens;
     for (const item * i : w.pack) {
         record.n_tokens += i->n_tokens - i->n_shared;
@@ -706,7 +724,8 @@ void scheduler::finish_item(item & first, const failure & what) {
     job & j = *first.owner;
     if (j.dedup) {
         const auto [begin, end] = j.in_flight.equal_range(first.hash);
-        const auto kept = std::find_if(begin, end, [&](auto & entry) { return entry.second == &first; });
+        const auto kept =
+            std::find_if(begin, end, [&](auto & entry) { return entry.second == &first; });
         if (kept != end) {
             j.in_flight.erase(kept);
         }
@@ -714,7 +733,7 @@ void scheduler::finish_item(item & first, const failure & what) {
     const bool ok = what.kind == failure_kind::none;
     if (!ok) {
         failure named = what;
-        named.index   = first.index;
+        named.index = first.index;
         if (named.kind == failure_kind::cancelled && stopping) {
             named.kind = failure_kind::closed;
         }
@@ -723,9 +742,9 @@ void scheduler::finish_item(item & first, const failure & what) {
         }
     }
     const float * const row = first.row;
-    const size_t        n   = size_t(std::max(first.n_rows, 1)) * j.width;
+    const size_t n = size_t(std::max(first.n_rows, 1)) * j.width;
     for (item * i = &first; i;) {
-        item * next = i->same;
+        item * next = i->next_duplicate;
         if (ok) {
             if (i->row != row) {
                 std::memcpy(i->row, row, n * sizeof(float));
@@ -736,8 +755,8 @@ void scheduler::finish_item(item & first, const failure & what) {
             j.n_done += 1;
         }
         j.n_open -= 1;
-        if (--i->home->n_left == 0) {
-            delete i->home;
+        if (--i->chunk->n_left == 0) {
+            delete i->chunk;
         }
         i = next;
     }
@@ -775,7 +794,7 @@ int64_t scheduler::queued_texts() {
 
 std::vector<worker_stats> scheduler::stats() {
     std::lock_guard<std::mutex> hold(mutex);
-    std::vector<worker_stats>   all;
+    std::vector<worker_stats> all;
     for (const auto & w : workers) {
         all.push_back(w->stats);
     }
@@ -791,7 +810,7 @@ std::vector<pack_record> scheduler::next_packs(int64_t & n_seen) {
     std::unique_lock<std::mutex> hold(mutex);
     quiet.wait(hold, [&] { return drained || n_packs > n_seen; });
     const auto fresh = ptrdiff_t(std::min<int64_t>(n_packs - n_seen, int64_t(packs.size())));
-    n_seen           = n_packs;
+    n_seen = n_packs;
     return {packs.end() - fresh, packs.end()};
 }
 
@@ -807,7 +826,7 @@ double scheduler::tokenize_seconds() {
 
 void scheduler::inject(fault_kind kind, int64_t after, int64_t times) {
     std::lock_guard<std::mutex> hold(mutex);
-    fault       = kind;
+    fault = kind;
     fault_after = after;
     fault_times = times;
 }

@@ -20,13 +20,14 @@ void append_utf8(std::string & out, uint32_t code) {  // three bytes: every jamo
 
 std::string decompose_hangul(std::string_view text) {
     constexpr uint32_t first = 0xAC00, last = 0xD7A3, n_vowels = 21, n_finals = 28;
-    std::string        out;
+    std::string out;
     out.reserve(text.size() + text.size() / 2);
     for (size_t i = 0; i < text.size();) {
         const auto byte = [&](size_t k) { return uint32_t(uint8_t(text[i + k])); };
         // A syllable is three bytes that begin with EA..ED.
         const bool three = byte(0) >= 0xEA && byte(0) <= 0xED && i + 2 < text.size();
-        const auto code  = three ? (byte(0) & 0x0F) << 12 | (byte(1) & 0x3F) << 6 | (byte(2) & 0x3F) : 0;
+        const auto code =
+            three ? (byte(0) & 0x0F) << 12 | (byte(1) & 0x3F) << 6 | (byte(2) & 0x3F) : 0;
         if (code < first || code > last) {
             out += text[i++];
             continue;
@@ -47,13 +48,13 @@ namespace {
 // One character of UTF-8 text that is known to be sound.
 struct character {
     uint32_t code;
-    size_t   size;
+    size_t size;
 };
 
 character character_at(std::string_view text, size_t at) {
     const uint8_t first = uint8_t(text[at]);
-    const size_t  size  = first < 0xC0 ? 1 : first < 0xE0 ? 2 : first < 0xF0 ? 3 : 4;
-    uint32_t      code  = size == 1 ? first : first & (0x7F >> size);
+    const size_t size = first < 0xC0 ? 1 : first < 0xE0 ? 2 : first < 0xF0 ? 3 : 4;
+    uint32_t code = size == 1 ? first : first & (0x7F >> size);
     for (size_t k = 1; k < size && at + k < text.size(); ++k) {
         code = code << 6 | (uint8_t(text[at + k]) & 0x3F);
     }
@@ -61,28 +62,30 @@ character character_at(std::string_view text, size_t at) {
 }
 
 bool is_space(uint32_t code) {
-    return code == ' ' || (code >= '\t' && code <= '\r') || code == 0x85 || code == 0xA0 || code == 0x1680 ||
-           (code >= 0x2000 && code <= 0x200A) || code == 0x2028 || code == 0x2029 || code == 0x202F ||
-           code == 0x205F || code == 0x3000;
+    return code == ' ' || (code >= '\t' && code <= '\r') || code == 0x85 || code == 0xA0 ||
+           code == 0x1680 || (code >= 0x2000 && code <= 0x200A) || code == 0x2028 ||
+           code == 0x2029 || code == 0x202F || code == 0x205F || code == 0x3000;
 }
 
 // Punctuation of ASCII, but for the apostrophe inside a word, and of Chinese and Japanese.
 bool is_mark(uint32_t code) {
-    const bool ascii = (code > ' ' && code < '0') || (code > '9' && code < 'A') || (code > 'Z' && code < 'a') ||
-                       (code > 'z' && code < 0x7F);
-    return (ascii && code != '\'') || (code >= 0x3001 && code <= 0x3011) || (code >= 0xFF01 && code <= 0xFF0F) ||
-           (code >= 0xFF1A && code <= 0xFF20);
+    const bool ascii = (code > ' ' && code < '0') || (code > '9' && code < 'A') ||
+                       (code > 'Z' && code < 'a') || (code > 'z' && code < 0x7F);
+    return (ascii && code != '\'') || (code >= 0x3001 && code <= 0x3011) ||
+           (code >= 0xFF01 && code <= 0xFF0F) || (code >= 0xFF1A && code <= 0xFF20);
 }
 
 // Split `text` by llama.cpp and append its ids.
-bool split(const llama_vocab * vocab, std::string_view text, bool parse_special, token_vector & out) {
+bool split(const llama_vocab * vocab, std::string_view text, bool parse_special,
+           token_vector & out) {
     const size_t before = out.size();
     // A token a byte is room enough, but for normalisation that lengthens the text.
     int32_t room = int32_t(text.size()) + 8;
     for (int tries = 0; tries < 2; ++tries) {
         out.resize(before + room);
-        const int32_t n = llama_tokenize(vocab, text.data(), int32_t(text.size()), out.data() + before,
-                                         room, /*add_special=*/false, parse_special);
+        const int32_t n =
+            llama_tokenize(vocab, text.data(), int32_t(text.size()), out.data() + before, room,
+                           /*add_special=*/false, parse_special);
         if (n >= 0) {
             out.resize(before + n);
             return true;
@@ -95,19 +98,20 @@ bool split(const llama_vocab * vocab, std::string_view text, bool parse_special,
     return false;
 }
 
-// Most BPE vocabularies split by std::regex, which recurses once a character: 25,000 letters, spaces
-// or signs in a row overflow a stack of 8 MiB and end the process. So a stretch of text without a
-// change between whitespace and the rest is cut into pieces of at most 4,096 characters: where a
-// letter meets punctuation, as these vocabularies split there themselves, or else anywhere.
-bool split_bpe(const llama_vocab * vocab, std::string_view text, bool parse_special, token_vector & out) {
+// Most BPE vocabularies split by std::regex, which recurses once a character: 25,000 letters,
+// spaces or signs in a row overflow a stack of 8 MiB and end the process. So a stretch of text
+// without a change between whitespace and the rest is cut into pieces of at most 4,096 characters:
+// where a letter meets punctuation, as these vocabularies split there themselves, or else anywhere.
+bool split_bpe(const llama_vocab * vocab, std::string_view text, bool parse_special,
+               token_vector & out) {
     constexpr int longest = 4096;
-    size_t   start = 0, seam = 0;  // of the piece; of its last good place for a cut
-    int      n = 0;                // characters of the stretch, in this piece
+    size_t start = 0, seam = 0;  // of the piece; of its last good place for a cut
+    int n = 0;                   // characters of the stretch, in this piece
     uint32_t previous = ' ';
     for (size_t i = 0; i < text.size();) {
         const auto [code, size] = character_at(text, i);
         if (is_space(code) != is_space(previous)) {
-            n    = 0;
+            n = 0;
             seam = 0;
         } else if (n > longest / 2 && is_mark(code) && !is_mark(previous)) {
             seam = i;
@@ -118,9 +122,9 @@ bool split_bpe(const llama_vocab * vocab, std::string_view text, bool parse_spec
                 return false;
             }
             start = i = cut;
-            seam      = 0;
-            n         = 0;
-            previous  = code;
+            seam = 0;
+            n = 0;
+            previous = code;
             continue;
         }
         previous = code;
@@ -130,11 +134,11 @@ bool split_bpe(const llama_vocab * vocab, std::string_view text, bool parse_spec
     return split(vocab, text.substr(start), parse_special, out);
 }
 
-// SPM vocabularies copy all tokens so far for every character that they spell in bytes: 10 MB of line
-// breaks took half an hour. So a long text is cut before characters that no token holds: no token can
-// lie across such a place, and the ids are the same.
+// SPM vocabularies copy all tokens so far for every character that they spell in bytes: 10 MB of
+// line breaks took half an hour. So a long text is cut before characters that no token holds: no
+// token can lie across such a place, and the ids are the same.
 bool split_spm(const llama_vocab * vocab, std::string_view text, token_vector & out) {
-    constexpr size_t  least = 4096;
+    constexpr size_t least = 4096;
     std::vector<bool> known(0x110000);
     known[' '] = true;
     for (llama_token token = 0; token < llama_vocab_n_tokens(vocab); ++token) {
@@ -148,7 +152,7 @@ bool split_spm(const llama_vocab * vocab, std::string_view text, token_vector & 
         }
     }
     token_vector piece;
-    size_t       n_extra = 0;
+    size_t n_extra = 0;
     for (size_t start = 0; start < text.size();) {
         size_t stop = start + character_at(text, start).size, size = 0;
         while (stop < text.size()) {
@@ -184,13 +188,13 @@ bool tokenize(const llama_vocab * vocab, std::string_view text, bool parse_speci
         for (const char c : text) {
             if (uint8_t(c) >= 0xEA && uint8_t(c) <= 0xED) {
                 decomposed = decompose_hangul(text);
-                text       = decomposed;
+                text = decomposed;
                 break;
             }
         }
     }
     const size_t before = out.size();
-    bool         ok     = false;
+    bool ok = false;
     try {
         const auto type = llama_vocab_type(vocab);
         if (type == LLAMA_VOCAB_TYPE_BPE) {
@@ -212,21 +216,26 @@ bool tokenize(const llama_vocab * vocab, std::string_view text, bool parse_speci
 }
 
 int64_t first_kept(truncate_side side, int64_t room) {
-    return side == truncate_side::start ? 0 : side == truncate_side::middle ? room - room / 2 : room;
+    return side == truncate_side::start    ? 0
+           : side == truncate_side::middle ? room - room / 2
+                                           : room;
 }
 
-tokenize_status tokenization::apply(std::string_view text, token_vector & out, int64_t & n_tokens) const {
+tokenize_status tokenization::apply(std::string_view text, token_vector & out,
+                                    int64_t & n_tokens) const {
     const size_t before = out.size();
     out.insert(out.end(), prefix_ids.begin(), prefix_ids.end());
     const size_t content = out.size();
-    const bool   bare    = prefix_text.empty() && suffix_text.empty();
-    auto         status  = tokenize_status::ok;
-    if (!tokenize(vocab, bare ? text : prefix_text + std::string(text) + suffix_text, parse_special, decompose, out)) {
+    const bool bare = prefix_text.empty() && suffix_text.empty();
+    auto status = tokenize_status::ok;
+    if (!tokenize(vocab, bare ? text : prefix_text + std::string(text) + suffix_text, parse_special,
+                  decompose, out)) {
         status = tokenize_status::unsplittable;
     } else if (n_tokens = int64_t(out.size() - before + suffix_ids.size()); n_tokens == 0) {
         status = tokenize_status::empty;
     } else if (n_tokens > limit) {
-        status = truncate == truncate_side::none ? tokenize_status::too_long : cut(text, content, out);
+        status =
+            truncate == truncate_side::none ? tokenize_status::too_long : cut(text, content, out);
     }
     if (status != tokenize_status::ok) {
         out.resize(before);
@@ -239,7 +248,8 @@ tokenize_status tokenization::apply(std::string_view text, token_vector & out, i
     return status;
 }
 
-// Make what `out` holds from `content` on, the tokens of prefix_text + text + suffix_text, fit with the suffix.
+// Make what `out` holds from `content` on, the tokens of prefix_text + text + suffix_text, fit with
+// the suffix.
 tokenize_status tokenization::cut(std::string_view text, size_t content, token_vector & out) const {
     const auto split = [&](std::string_view piece, token_vector & into) {
         return tokenize(vocab, piece, parse_special, decompose, into);
@@ -249,7 +259,8 @@ tokenize_status tokenization::cut(std::string_view text, size_t content, token_v
         return tokenize_status::unsplittable;
     }
     const auto n_before = int64_t(opening.size()), n_after = int64_t(closing.size());
-    const auto room   = int64_t(limit) - int64_t(prefix_ids.size() + suffix_ids.size()) - n_before - n_after;
+    const auto room =
+        int64_t(limit) - int64_t(prefix_ids.size() + suffix_ids.size()) - n_before - n_after;
     if (room <= 0) {
         return tokenize_status::no_room;
     }
@@ -267,7 +278,8 @@ tokenize_status tokenization::cut(std::string_view text, size_t content, token_v
     if (last) {
         closing.clear();
         split(std::string(text) + suffix_text, closing);
-        closing.erase(closing.begin(), closing.end() - std::min(n_after + last, int64_t(closing.size())));
+        closing.erase(closing.begin(),
+                      closing.end() - std::min(n_after + last, int64_t(closing.size())));
     }
     out.resize(content);
     out.insert(out.end(), opening.begin(), opening.end());
@@ -277,7 +289,8 @@ tokenize_status tokenization::cut(std::string_view text, size_t content, token_v
 
 token_vector tokenization::common() const {
     token_vector out = prefix_ids;
-    if (!prefix_text.empty() && tokenize(vocab, prefix_text, parse_special, decompose, out) && out.size() > prefix_ids.size()) {
+    if (!prefix_text.empty() && tokenize(vocab, prefix_text, parse_special, decompose, out) &&
+        out.size() > prefix_ids.size()) {
         out.pop_back();
     }
     return out;
@@ -290,7 +303,8 @@ tokenized tokenize_run(const tokenization & rules, const source * texts, size_t 
     for (size_t i = 0; i < n && out.status == tokenize_status::ok; ++i) {
         if (texts[i].is_ids) {
             const auto * ids = reinterpret_cast<const llama_token *>(texts[i].bytes.data());
-            out.tokens.insert(out.tokens.end(), ids, ids + texts[i].bytes.size() / sizeof(llama_token));
+            out.tokens.insert(out.tokens.end(), ids,
+                              ids + texts[i].bytes.size() / sizeof(llama_token));
         } else {
             out.status = rules.apply(texts[i].bytes, out.tokens, out.n_tokens);
         }
@@ -303,9 +317,10 @@ tokenized tokenize_run(const tokenization & rules, const source * texts, size_t 
 
 }  // namespace
 
-tokenized tokenize_texts(const tokenization & rules, const std::vector<source> & texts, size_t budget, thread_pool & helpers) {
+tokenized tokenize_texts(const tokenization & rules, const std::vector<source> & texts,
+                         size_t budget, thread_pool & helpers) {
     // Parts worth handing to another thread: waking it takes as long as a few hundred bytes.
-    constexpr size_t    part_bytes = 4096;
+    constexpr size_t part_bytes = 4096;
     std::vector<size_t> starts;
     for (size_t i = 0, bytes = part_bytes; i < texts.size(); ++i) {
         if (bytes >= part_bytes) {
@@ -317,12 +332,12 @@ tokenized tokenize_texts(const tokenization & rules, const std::vector<source> &
     const size_t n_parts = starts.size();
     starts.push_back(texts.size());
 
-    // Parts are taken in order, so that those that were taken before the budget was used up, or a text
-    // failed, are the first ones.
-    std::vector<tokenized>            parts(n_parts);
+    // Parts are taken in order, so that those that were taken before the budget was used up, or a
+    // text failed, are the first ones.
+    std::vector<tokenized> parts(n_parts);
     std::vector<std::exception_ptr> thrown(n_parts);
-    std::atomic<size_t>             next{0}, n_tokens{0};
-    const auto                      work = [&](int) {
+    std::atomic<size_t> next{0}, n_tokens{0};
+    const auto work = [&](int) {
         while (n_tokens < budget) {
             const size_t k = next++;
             if (k >= n_parts) {
@@ -333,7 +348,9 @@ tokenized tokenize_texts(const tokenization & rules, const std::vector<source> &
             } catch (...) {
                 thrown[k] = std::current_exception();
             }
-            n_tokens += thrown[k] || parts[k].status != tokenize_status::ok ? budget : parts[k].tokens.size();
+            n_tokens += thrown[k] || parts[k].status != tokenize_status::ok
+                            ? budget
+                            : parts[k].tokens.size();
         }
     };
     helpers.run(n_parts, work);
@@ -347,7 +364,7 @@ tokenized tokenize_texts(const tokenization & rules, const std::vector<source> &
             out.ends.push_back(out.tokens.size() + end);
         }
         out.tokens.insert(out.tokens.end(), parts[k].tokens.begin(), parts[k].tokens.end());
-        out.status   = parts[k].status;
+        out.status = parts[k].status;
         out.n_tokens = parts[k].n_tokens;
     }
     return out;

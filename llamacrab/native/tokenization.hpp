@@ -6,8 +6,8 @@
 #include <string_view>
 #include <vector>
 
-#include "thread_pool.hpp"
 #include "llama.h"
+#include "thread_pool.hpp"
 
 namespace llamacrab {
 
@@ -31,28 +31,28 @@ enum class truncate_side { none, end, start, middle };
 // Of `room` tokens that a text may keep, how many are its first; the others are its last.
 int64_t first_kept(truncate_side side, int64_t room);
 
-// How a text becomes ids: prefix_ids, the tokens of prefix_text + text + suffix_text, suffix_ids. The two texts
-// touch a document in a reranker's template: they are split into tokens together with it, and are never
-// cut. Between prefix_ids and suffix_ids, ids below `shift` are raised by it: a second copy of the
-// vocabulary begins there, for a second segment.
+// How a text becomes ids: prefix_ids, the tokens of prefix_text + text + suffix_text, suffix_ids.
+// The two texts touch a document in a reranker's template: they are split into tokens together with
+// it, and are never cut. Between prefix_ids and suffix_ids, ids below `shift` are raised by it: a
+// second copy of the vocabulary begins there, for a second segment.
 struct tokenization {
     const llama_vocab * vocab = nullptr;
-    token_vector        prefix_ids;
-    token_vector        suffix_ids;
-    std::string         prefix_text;
-    std::string         suffix_text;
-    int32_t             limit         = 0;
-    int32_t             shift         = 0;
-    truncate_side       truncate      = truncate_side::none;
-    bool                parse_special = false;
-    bool                decompose     = false;
+    token_vector prefix_ids;
+    token_vector suffix_ids;
+    std::string prefix_text;
+    std::string suffix_text;
+    int32_t limit = 0;
+    int32_t shift = 0;
+    truncate_side truncate = truncate_side::none;
+    bool parse_special = false;
+    bool decompose = false;
 
     // Append the ids of `text` to `out`; on failure `out` is as before. `n_tokens` is the text's
     // length before any cut, special tokens counted.
     tokenize_status apply(std::string_view text, token_vector & out, int64_t & n_tokens) const;
 
-    // Ids that nearly every text begins with: prefix_ids, and the tokens of `prefix_text` but for the last,
-    // which may come out otherwise where the text touches it.
+    // Ids that nearly every text begins with: prefix_ids, and the tokens of `prefix_text` but for
+    // the last, which may come out otherwise where the text touches it.
     token_vector common() const;
 
   private:
@@ -62,21 +62,22 @@ struct tokenization {
 // A text, or ids that are taken as they are: then `bytes` are those of the ids.
 struct source {
     std::string_view bytes;
-    bool             is_ids = false;
+    bool is_ids = false;
 };
 
-// What a run of texts has become: their ids one after another, and where those of each end. If a text
-// could not be split, `status` says why, it is the one after the last in `ends`, and `n_tokens` is its
-// length.
+// What a run of texts has become: their ids one after another, and where those of each end. If a
+// text could not be split, `status` says why, it is the one after the last in `ends`, and
+// `n_tokens` is its length.
 struct tokenized {
-    token_vector        tokens;
+    token_vector tokens;
     std::vector<size_t> ends;
-    tokenize_status       status   = tokenize_status::ok;
-    int64_t             n_tokens = 0;
+    tokenize_status status = tokenize_status::ok;
+    int64_t n_tokens = 0;
 };
 
-// Tokenize the first of `texts`, at least one and about as many as give `budget` tokens, with the help of
-// `helpers`.
-tokenized tokenize_texts(const tokenization & rules, const std::vector<source> & texts, size_t budget, thread_pool & helpers);
+// Tokenize the first of `texts`, at least one and about as many as give `budget` tokens, with the
+// help of `helpers`.
+tokenized tokenize_texts(const tokenization & rules, const std::vector<source> & texts,
+                         size_t budget, thread_pool & helpers);
 
 }  // namespace llamacrab
