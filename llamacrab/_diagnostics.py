@@ -19,7 +19,7 @@ _logger = logging.getLogger("llamacrab")
 # Warnings about a model have a logger of their own: the command line shows its records.
 _model_logger = logging.getLogger("llamacrab.diagnostics")
 
-# Only these poolings can contradict each other: NONE and RANK do not replace the pooling of training.
+# Only these contradict each other: NONE does not pool, and RANK uses the head.
 _POOLED = (PoolingType.MEAN, PoolingType.CLS, PoolingType.LAST)
 
 
@@ -41,7 +41,7 @@ def log_context_warnings(model: Model, pooling_type: PoolingType, n_ctx: int) ->
 
 def _context_warnings(model: Model, pooling_type: PoolingType, n_ctx: int) -> Iterator[str]:
     if n_ctx > model.n_ctx_train:
-        yield f"n_ctx={n_ctx} is more than the {model.n_ctx_train} tokens that the model was trained on"
+        yield f"n_ctx={n_ctx} is more than the {model.n_ctx_train} tokens of the model's training"
     own = model.pooling_type
     if own in _POOLED and pooling_type in _POOLED and own != pooling_type:
         yield (
@@ -57,8 +57,8 @@ def _context_warnings(model: Model, pooling_type: PoolingType, n_ctx: int) -> It
     if pooling_type == PoolingType.LAST and "tokenizer.ggml.add_eos_token" not in model.metadata:
         yield (
             "the model pools by the last token, but its file does not say whether a text ends with "
-            "EOS (tokenizer.ggml.add_eos_token), as in old conversions: if it was trained with EOS, "
-            f"convert it again or pass end_token={vocab.eos}"
+            "EOS (tokenizer.ggml.add_eos_token), as in old conversions: if it was trained with "
+            f"EOS, convert it again or pass end_token={vocab.eos}"
         )
 
 

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 import pytest
 from helpers import gguf_path, python
 
-from llamacrab import Llama, Model, errors
-from llamacrab import _diagnostics
+from llamacrab import Llama, Model, _diagnostics, errors
 
 
 @contextlib.contextmanager
@@ -201,6 +200,6 @@ def test_a_build_for_gpus_says_once_that_there_is_none(caplog, monkeypatch):
         Llama(gguf_path("tiny-bert")).close()
     said = [one.getMessage() for one in caplog.records if "GPU" in one.getMessage()]
     assert said == [
-        "this build is for CUDA, but llama.cpp finds no such GPU here: the CPU computes"
+        "this build is for CUDA, but llama.cpp finds no such GPU here: the model runs on the CPU"
     ]
     _diagnostics.log_missing_gpu.cache_clear()

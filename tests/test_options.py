@@ -86,7 +86,7 @@ def test_mnf_31_dimensions_are_cut_before_the_norm_and_impossible_ones_refused(l
     for wrong in (0, -1, 33, 1.5, "8"):
         with pytest.raises(InputError, match="dimensions="):
             llama.embed(SENTENCE, dimensions=wrong)
-    with pytest.raises(InputError, match="12 is no multiple of 8"):
+    with pytest.raises(InputError, match="12 is not a multiple of 8"):
         llama.embed(SENTENCE, dimensions=12, dtype="binary")
 
 

@@ -1,4 +1,4 @@
-"""What is installed, what it was built with, and what this machine has."""
+"""Installed versions, build options, and the features of this machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llamacrab import _core
 __version__ = importlib.metadata.version("llamacrab")
 
 GPU_BACKENDS = ("CUDA", "METAL", "VULKAN")
-# What decides how fast ggml's CPU code can be; features that it never uses are not listed.
+# CPU features that ggml's code uses.
 # fmt: off
 CPU_FEATURES = (
     "ssse3", "avx", "f16c", "fma", "avx2", "bmi2", "avx_vnni", "avx512f", "avx512vl", "avx512bw",
@@ -24,10 +24,10 @@ CPU_FEATURES = (
 
 
 def check_abi() -> None:
-    """Refuse a libllama of another version than the headers that we were compiled with.
+    """Raise if libllama has another version than the headers that llamacrab was compiled with.
 
     llama.h passes its parameter structs by value: a mismatch would corrupt memory silently. Only a
-    system library (``-Dsystem-llama=true``) can come to differ.
+    system library (``-Dsystem-llama=true``) can differ.
 
     Raises
     ------
@@ -44,7 +44,7 @@ def check_abi() -> None:
 
 
 def cpu_features() -> list[str]:
-    """Return which of `CPU_FEATURES` this CPU has; empty where the system does not tell."""
+    """Return which of `CPU_FEATURES` this CPU has; empty if the system does not say."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -62,13 +62,13 @@ def _options(info: dict[str, str]) -> dict[str, str]:
 
 
 def compiled_in(*backends: str) -> list[str]:
-    """Return which of these backends of ggml this build has."""
+    """Return which of these ggml backends this build has."""
     options = _options(_core.build_info())
     return [name for name in backends if _on(options, name)]
 
 
 def show_versions() -> None:
-    """Print what a bug report needs."""
+    """Print versions and build options, for a bug report."""
     info = _core.build_info()
     options = _options(info)
     rows = {
