@@ -21,7 +21,7 @@ from llamacrab.options import EmbedKeywords, EmbedOptions, merge
 from llamacrab.requests.embedding import EmbedPipeline, EmbedRequest
 from llamacrab.requests.pair_template import Pairs, PairTemplate
 from llamacrab.requests.prompts import prompts_of
-from llamacrab.requests.reranking import RerankRequest, Scoring, warn_of_wrong_scores
+from llamacrab.requests.reranking import RerankRequest, Scoring, warn_about_scores
 from llamacrab.requests.texts import as_iterator, as_list, as_pairs, is_one
 from llamacrab.tuning import Layout
 
@@ -206,7 +206,7 @@ class Llama:
             log_missing_gpu()
         log_context_warnings(self.model, self.pooling_type, self._engine.n_ctx_wanted)
         if self.pooling_type == PoolingType.RANK:
-            warn_of_wrong_scores(self.model)
+            warn_about_scores(self.model)
         _logger.info(
             "%s: %s, cpu_backend=%s, %s",
             repr(self),  # not later: the model may be closed before the record is formatted

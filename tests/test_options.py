@@ -218,7 +218,7 @@ def test_mnf_32_a_known_family_has_its_prompts_and_only_when_asked(load, tmp_pat
         documents = llama.embed_documents(["crabs", "lobsters"])
         want = llama.embed_texts(["search_document: crabs", "search_document: lobsters"])
         assert cosines(documents, want).min() > 0.9999
-        with pytest.raises(InputError, match="no prompt is called 'title'"):
+        with pytest.raises(InputError, match="there is no prompt 'title'"):
             llama.embed("crabs", prompt_name="title")
         assert float(llama.embed_query("crabs", prompt="x: ") @ llama.embed("x: crabs")) > 0.9999
     unknown = load("tiny-bert")

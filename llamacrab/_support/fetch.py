@@ -20,7 +20,7 @@ class FetchError(RuntimeError):
 
 
 def cache_dir() -> Path:
-    """Return the folder for files that can be made again (``$LLAMACRAB_CACHE`` names another one)."""
+    """Return the cache folder: ``$LLAMACRAB_CACHE``, or a folder in the user's cache."""
     if given := os.environ.get("LLAMACRAB_CACHE"):
         return Path(given)
     if sys.platform == "darwin":
