@@ -250,7 +250,8 @@ def add_module(folder, kind):
         (lambda f: (f / "model.safetensors").write_bytes(b"broken"), "cannot read"),
         (
             lambda f: edit(f, "config.json", model_type="xlm-roberta"),
-            "only 'bert' is supported. llama.cpp's own converter may support it: .*convert_hf_to_gguf.py",
+            "only 'bert' is supported. llama.cpp's own converter may support it: "
+            ".*convert_hf_to_gguf.py",
         ),
         (
             lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
@@ -274,7 +275,7 @@ def add_module(folder, kind):
         ),
         (
             lambda f: edit_tokenizer(f, model={"vocab": [["a", "x"]]}),
-            "no list of tokens and scores",
+            "not a list of tokens and scores",
         ),
         (lambda f: edit_tokenizer(f, model={"vocab": {"a": "0"}}), "tokens without an id"),
         (

@@ -71,5 +71,5 @@ for command in (
 
 @main.command()
 def versions() -> None:
-    """Show what a bug report needs."""
+    """Show versions and build options, for a bug report."""
     show_versions()

@@ -18,36 +18,40 @@ from llamacrab.models.default import resolve
     "--against",
     type=click.Path(path_type=Path),
     metavar="GGUF|PYTHON",
-    help="Measure in turn with this: another model, or the python of another build's environment.",
+    help="Measure alternately with another model, or with another build (its python).",
 )
 @click.option(
     "--compare",
     "old",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     metavar="JSON",
-    help="Compare with what an earlier run wrote.",
+    help="Compare with the --json file of an earlier run.",
 )
 @click.option(
     "--fail-under",
     type=click.FloatRange(0, min_open=True),
     metavar="RATIO",
-    help="Fail if a case is surely slower than that, of what it is compared with.",
+    help="Fail if a case is certainly slower than RATIO times the speed that it is compared with.",
 )
-@click.option("--case", "cases", multiple=True, metavar="NAME", help="Only this; may be repeated.")
-@click.option("--rounds", type=click.IntRange(2), default=5, show_default=True, help="Runs a case.")
+@click.option(
+    "--case", "cases", multiple=True, metavar="NAME", help="Run only this; may be repeated."
+)
+@click.option("--rounds", type=click.IntRange(2), default=5, show_default=True, help="Runs.")
 @click.option(
     "--seconds",
     type=click.FloatRange(0.01),
     default=1.0,
     show_default=True,
-    help="How long a run takes, about.",
+    help="Approximate duration of a run.",
 )
-@click.option("--contexts", type=click.IntRange(0), default=0, help="As for `Llama`: n_contexts.")
+@click.option("--contexts", type=click.IntRange(0), default=0, help="n_contexts of `Llama`.")
 @click.option("--threads", "-t", type=click.IntRange(0), default=0, help="n_threads.")
-@click.option("--pack-tokens", type=click.IntRange(0), default=0, help="pack_tokens.")
+@click.option("--pack-tokens", type=click.IntRange(0), default=0, help="pack_tokens of `Llama`.")
 @CPU_BACKEND
-@click.option("--json", "output", type=click.Path(path_type=Path), help="Write all figures here.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw them into this file.")
+@click.option(
+    "--json", "output", type=click.Path(path_type=Path), help="Write results to this file."
+)
+@click.option("--plot", type=click.Path(path_type=Path), help="Plot the results into this file.")
 def bench_command(
     path: Path | None,
     against: Path | None,
@@ -63,7 +67,7 @@ def bench_command(
     output: Path | None,
     plot: Path | None,
 ) -> None:
-    """Measure how fast MODEL is embedded here, and whether that has got slower."""
+    """Measure the speed of MODEL on this machine, and compare it with an earlier result."""
     from llamacrab.bench import report, run
 
     if against is not None and old is not None:
@@ -81,7 +85,7 @@ def bench_command(
         n_contexts=contexts,
         n_threads=threads,
         pack_tokens=pack_tokens,
-        # Not asked for, it is not said: what it is compared with may be too old to know.
+        # Passed only if given: the other side may be an older build without this keyword.
         **({} if cpu_backend == "auto" else {"cpu_backend": cpu_backend}),
     )
     result = measure(cases=cases)
@@ -95,8 +99,8 @@ def bench_command(
         return
     slower = run.slower(ratios, fail_under, lambda names: run.compare(measure(cases=names), before))
     if slower:
-        said = (
+        slower_cases = (
             f"{name}: {one.value:.3f} ({one.low:.3f} to {one.high:.3f})"
             for name, one in slower.items()
         )
-        raise click.ClickException(f"slower than {fail_under}: {'; '.join(said)}")
+        raise click.ClickException(f"slower than {fail_under}: {'; '.join(slower_cases)}")

@@ -1,4 +1,4 @@
-"""The texts that a command reads: from files, or from a stream."""
+"""Read the texts of a command from files or from a stream."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def open_input(
     source: str, field: str, input_format: str | None, keep: tuple[str, ...] = ()
 ) -> str | Iterable[Any]:
-    """Return what `Source` takes for an argument: files, or the rows of a stream."""
+    """Return an argument in the form that `Source` takes: files, or the rows of a stream."""
     path = Path(source)
     stream = source == "-" or (path.exists() and not path.is_file() and not path.is_dir())
     if source == "-":
@@ -26,11 +26,11 @@ def open_input(
     else:
         found = [path] if stream else files.find(source, input_format) or []
         kinds = {files.kind_of(one, input_format) for one in found}
-    asked = click.get_current_context().get_parameter_source("field")
-    if kinds == {files.LINES} and asked is not click.core.ParameterSource.DEFAULT:
+    field_source = click.get_current_context().get_parameter_source("field")
+    if kinds == {files.LINES} and field_source is not click.core.ParameterSource.DEFAULT:
         raise click.UsageError(
             f"--field {field}: lines of plain text have no fields; if {source} holds something "
-            "else, say what with --input-format"
+            "else, name its format with --input-format"
         )
     if not stream:
         return source
@@ -42,5 +42,6 @@ def open_input(
     return files.rows(opened, kind, name, text=field, keep=keep)
 
 
-def read_texts(given: str | Iterable[Any], field: str, input_format: str | None) -> list[str]:
-    return cast("list[str]", Source(given, text=field, kind=input_format).texts())
+def read_texts(data: str | Iterable[Any], field: str, input_format: str | None) -> list[str]:
+    """Return the texts of all rows; raise for a row without a text."""
+    return cast("list[str]", Source(data, text=field, kind=input_format).texts())

@@ -1,4 +1,4 @@
-"""What the commands print for people: one line each, on standard error or in a list."""
+"""Messages and lines of output."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
 
 def complain(message: str, code: int) -> int:
+    """Print a message on one line of standard error, and return `code`."""
     click.echo(f"llamacrab: {' '.join(message.split())}", err=True)
     return code
 
 
 @contextlib.contextmanager
 def length_advice(llama: Llama, *flags: str, what: str = "text") -> Iterator[None]:
-    """Have the error for a text that is too long name the options that help."""
+    """Name the options that help in the error for a text that is too long."""
     try:
         yield
     except LlamaError as error:
@@ -42,5 +43,5 @@ def length_advice(llama: Llama, *flags: str, what: str = "text") -> Iterator[Non
 
 
 def one_line(text: str) -> str:
-    """Return a text as a line of output can show it."""
+    """Return a text on one line."""
     return " ".join(text.splitlines())

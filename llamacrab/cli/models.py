@@ -65,12 +65,12 @@ def _pieces(model: Model, tokens: tuple[int, ...]) -> str:
     type=click.Choice(OUTTYPES),
     help="Type of the matrices.  [default: bf16 or f16, whichever is faster on this CPU]",
 )
-@click.option("--force", is_flag=True, help="Convert again even if it is there.")
+@click.option("--force", is_flag=True, help="Convert again even if the file exists.")
 def fetch(outtype: str | None, force: bool) -> None:
-    """Fetch the default model, so that it is there without a network."""
-    there = default_model_path(outtype).is_file() and not force
+    """Fetch the default model, for later use without a network."""
+    exists = default_model_path(outtype).is_file() and not force
     path = fetch_default_model(outtype, overwrite=force)
-    click.echo(f"{path} ({'already there' if there else 'fetched'})")
+    click.echo(f"{path} ({'already there' if exists else 'fetched'})")
 
 
 @click.command("convert")
@@ -86,7 +86,7 @@ def fetch(outtype: str | None, force: bool) -> None:
 @click.option(
     "--pooling",
     type=click.Choice(sorted(set(POOLINGS) - {"none", "rank"})),
-    help="How vectors are pooled; by default as FOLDER says, or as its family does.",
+    help="Pooling; by default what FOLDER says, or that of its family.",
 )
 def convert_command(folder: Path, output: Path, outtype: str, pooling: str | None) -> None:
     """Convert a sentence-transformers BERT FOLDER into a GGUF."""

@@ -22,16 +22,16 @@ CPU_BACKEND = click.option(
     type=click.Choice(CPU_BACKENDS),
     default="auto",
     show_default=True,
-    help="Kernels on a CPU: llamacrab's own, or ggml's; int8: the former with 8-bit products.",
+    help="Kernels on a CPU: llamacrab's, or ggml's; int8: llamacrab's with 8-bit products.",
 )
 
 
 def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that say which model computes, and how."""
+    """Add the options for the model and for reading the texts."""
 
     @functools.wraps(command)
-    def merged(*, truncate: bool, truncate_side: str | None, **given: Any) -> None:
-        command(truncate=truncate_side or truncate, **given)
+    def merged(*, truncate: bool, truncate_side: str | None, **others: Any) -> None:
+        command(truncate=truncate_side or truncate, **others)
 
     for option in (
         click.option(
@@ -61,14 +61,14 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "devices",
             multiple=True,
             metavar="NAME",
-            help="Put a copy of the model on this device, and on every other that is named; "
-            "`info --devices` lists them.",
+            help="Put a copy of the model on this device; may be repeated. `info --devices` lists "
+            "the devices.",
         ),
         click.option("--truncate", is_flag=True, help="Cut texts that are too long."),
         click.option(
             "--truncate-side",
             type=click.Choice(["end", "start", "middle"]),
-            help="Cut them there: --truncate is --truncate-side end.",
+            help="Where to cut texts that are too long; --truncate cuts at the end.",
         ),
         click.option(
             "--field",
@@ -80,7 +80,7 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--input-format",
             type=click.Choice(files.KINDS),
-            help="What the input holds.  [default: what its name says; lines for -]",
+            help="Format of the input.  [default: by its name; lines for -]",
         ),
     ):
         merged = option(merged)
@@ -88,6 +88,7 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def open_llama(model: Path | None, pooling: PoolingType, **llama_kwargs: Any) -> Llama:
+    """Return the model that these options describe."""
     return Llama(
         model,
         pooling_type=pooling,

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("query")
 @click.argument("source", metavar="DOCUMENTS")
-@click.option("--top-k", "-k", type=click.IntRange(1), help="Show the best so many only.")
+@click.option("--top-k", "-k", type=click.IntRange(1), help="Show only the best documents.")
 @click.option(
     "--activation",
     type=click.Choice(["none", "sigmoid", "softmax"]),
     default="none",
     show_default=True,
-    help="What to apply to the model's outputs.",
+    help="Function to apply to the model's outputs.",
 )
 @model_options
 def rerank(
@@ -43,7 +43,8 @@ def rerank(
 ) -> None:
     """Sort the texts of DOCUMENTS by how well they answer QUERY; needs a reranker as --model.
 
-    A model with several classes gives its score for each, a line a document, unsorted.
+    For a model with several classes, show the scores of all classes, one document per line,
+    unsorted.
     """
     if model is None:
         raise click.UsageError("rerank needs --model, the GGUF of a reranker")
@@ -61,5 +62,5 @@ def rerank(
     if top_k is not None:
         raise click.ClickException(f"{scores.shape[1]} classes give no order: leave out --top-k")
     for row, document in zip(scores, documents, strict=True):
-        shown = [f"{label}={score:.4f}" for label, score in zip(labels, row, strict=True)]
-        click.echo("\t".join([*shown, one_line(document)]))
+        columns = [f"{label}={score:.4f}" for label, score in zip(labels, row, strict=True)]
+        click.echo("\t".join([*columns, one_line(document)]))

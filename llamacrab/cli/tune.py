@@ -20,16 +20,16 @@ from llamacrab.models.default import resolve
     type=click.IntRange(1),
     default=24,
     show_default=True,
-    help="Mean tokens of the texts to measure with.",
+    help="Mean number of tokens of the texts to measure with.",
 )
 @click.option(
     "--seconds",
     type=click.FloatRange(0.05),
     default=0.5,
     show_default=True,
-    help="How long each measurement takes at least.",
+    help="Shortest duration of a measurement.",
 )
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw the table into this file.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Plot the results into this file.")
 @click.option("--n-gpu-layers", type=int, default=-1, help="Layers on GPUs; -1: all.")
 @click.option("--device", metavar="NAME", help="Tune for `Llama(devices=[NAME])`.")
 @CPU_BACKEND
@@ -42,7 +42,7 @@ def tune_command(
     device: str | None,
     cpu_backend: str,
 ) -> None:
-    """Measure contexts, threads, flash attention and packs for MODEL, and remember the best."""
+    """Measure contexts, threads, flash attention and packs for MODEL, and save the best layout."""
     tqdm = require("tqdm", extra="cli").tqdm
     on_gpu = n_gpu_layers != 0 and tuning.has_gpu(device and [device])
     with Model(
@@ -71,7 +71,7 @@ def tune_command(
             f"{n_contexts} x {n_threads}, flash_attn={flash_attn}: seconds(n tokens) = "
             f"{a:.3g} + {b:.3g} n + {c:.3g} n^2"
         )
-    click.echo(f"best, and remembered: {found.best}")
+    click.echo(f"best, and saved: {found.best}")
     if plot:
         tuning.plot(found, plot)
-        click.echo(f"{plot} drawn")
+        click.echo(f"plot: {plot}")

@@ -164,7 +164,7 @@ class EmbedPipeline:
         if options.chunk:
             if not self.pooled:
                 raise InputError(
-                    "chunk= needs a pooling: PoolingType.NONE gives nothing to average"
+                    "chunk= needs a pooling: with PoolingType.NONE nothing is averaged"
                 )
             before = [*prefix, *(ids_of(vocab, [self._prefix_text]) if prompt else ())]
             self._chunking = {

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 OUTTYPES = ("f32", "f16", "bf16", "q8_0")
 
-# Names of a cross-encoder's head in the GGUF. It stays float32: it is small, and scores depend on it.
+# Names of a cross-encoder's head in the GGUF. It is small and sets the scores: it stays float32.
 HEAD = {
     "pooler.dense.weight": "cls.weight",
     "pooler.dense.bias": "cls.bias",
