@@ -211,7 +211,7 @@ def _refuse_folder_options(output: str) -> None:
         source = context.get_parameter_source(option.name or "")
         if option.name in FOLDER_OPTIONS and source is not click.core.ParameterSource.DEFAULT:
             raise click.UsageError(
-                f"{option.opts[0]} is for a folder of files, and --output {output} is not a folder: "
+                f"{option.opts[0]} is for a folder of files, but --output {output} is not one: "
                 f"leave {option.opts[0]} out, or give a name without a suffix"
             )
 

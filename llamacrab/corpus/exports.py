@@ -55,7 +55,7 @@ def write(folder: Path, files: list[str], path: Path) -> None:
     pa_dataset = require("pyarrow.dataset", extra="corpus")
     kind = "ipc" if files and files[0].endswith(shards.FORMATS["arrow"]) else "parquet"
     rows = pa_dataset.dataset([folder / name for name in files], format=kind)
-    # One temporary name per job: the next run removes the file of a killed run, and other jobs do not.
+    # One temporary name per job: the next run of the job removes the file of a killed run.
     owner = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
     partial = path.with_name(f".{path.name}.{owner}.tmp{path.suffix}")
     _remove(partial)

@@ -149,21 +149,17 @@ def embed_corpus(
     began = time.monotonic()
     folder = Path(destination)
     options = options or EmbedOptions()
-    if format not in shards.FORMATS:
-        raise InputError(f"format must be one of {', '.join(shards.FORMATS)}, not {format!r}")
-    if on_error not in ("fail", "skip"):
-        raise InputError(f"on_error must be 'fail' or 'skip', not {on_error!r}")
-    if shard_rows < 1:
-        raise InputError(f"shard_rows must be at least 1, not {shard_rows}")
-    taken = {shards.ROW, shards.VECTOR, *([shards.TEXT] if keep_text else [])} & set(keep)
-    if taken:
-        raise InputError(f"keep: the shards have a column {', '.join(sorted(taken))} of their own")
     targets = [Path(one) for one in ([export] if isinstance(export, (str, PathLike)) else export)]
+    _check_arguments(
+        format=format,
+        on_error=on_error,
+        shard_rows=shard_rows,
+        keep=keep,
+        keep_text=keep_text,
+        input_format=input_format,
+    )
     for target in targets:
         exports.check(target, format=format, dtype=options.dtype)
-    if input_format not in (None, *files.KINDS):
-        known = ", ".join(files.KINDS)
-        raise InputError(f"input_format must be one of {known}, not {input_format!r}")
     if overwrite and append:
         raise InputError("overwrite and append exclude each other")
     require("pyarrow", extra="corpus")
@@ -220,6 +216,29 @@ def embed_corpus(
         time.monotonic() - began,
         manifest.complete,
     )
+
+
+def _check_arguments(
+    *,
+    format: str,
+    on_error: str,
+    shard_rows: int,
+    keep: Sequence[str],
+    keep_text: bool,
+    input_format: str | None,
+) -> None:
+    if format not in shards.FORMATS:
+        raise InputError(f"format must be one of {', '.join(shards.FORMATS)}, not {format!r}")
+    if on_error not in ("fail", "skip"):
+        raise InputError(f"on_error must be 'fail' or 'skip', not {on_error!r}")
+    if shard_rows < 1:
+        raise InputError(f"shard_rows must be at least 1, not {shard_rows}")
+    taken = {shards.ROW, shards.VECTOR, *([shards.TEXT] if keep_text else [])} & set(keep)
+    if taken:
+        raise InputError(f"keep: the shards have a column {', '.join(sorted(taken))} of their own")
+    if input_format not in (None, *files.KINDS):
+        known = ", ".join(files.KINDS)
+        raise InputError(f"input_format must be one of {known}, not {input_format!r}")
 
 
 @contextlib.contextmanager
@@ -317,7 +336,7 @@ class _Run:
         with self._interrupt, ThreadPoolExecutor(1, "llamacrab-writer") as writer:
             written: Future[Shard] | None = None
 
-            def turn() -> None:
+            def next_shard() -> None:
                 """Add the shard that was being written, and start to write the next one."""
                 nonlocal written, pending
                 self._count(written, more=bool(pending))
@@ -330,15 +349,15 @@ class _Run:
                     pending.append((block, rows, done))
                     reporter.report(block.first + len(block.texts), self.n_tokens())
                     if sum(len(b.texts) for b, _, _ in pending) >= self._shard_rows:
-                        turn()
-                turn()
-                turn()
+                        next_shard()
+                next_shard()
+                next_shard()
                 self._complete()
             except (KeyboardInterrupt, LlamaError) as error:
                 # Keep the computed rows, in a shard that is shorter than the others.
                 computed.close()
-                turn()
-                turn()
+                next_shard()
+                next_shard()
                 if not isinstance(error, KeyboardInterrupt):
                     raise
 

@@ -131,7 +131,7 @@ class Vectors:
         if not manifest.complete:
             raise CorpusError(
                 f"{self.path} is not finished, it covers {manifest.n_read} rows: start the same "
-                "embed again to go on"
+                "embed again to resume"
             )
         self.made = manifest.job
         self._n_rows = manifest.n_read
@@ -206,7 +206,7 @@ class Vectors:
             if wanted and query is not options:
                 warnings.warn(
                     f"the prompt of the documents of {self.path} is not recorded: the query is "
-                    f"compared as if it was {wanted!r}",
+                    f"compared as if it had been {wanted!r}",
                     stacklevel=2,
                 )
             return query
