@@ -1,4 +1,4 @@
-"""The command line, once its packages are known to be there."""
+"""Run the command line, or say which package is missing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from llamacrab.errors import LlamaError
 
 
 def main() -> None:
-    """Run `llamacrab ...` and exit: 0 done, 1 could not be done, 2 wrongly asked."""
+    """Run `llamacrab ...` and exit: 0 done, 1 failed, 2 wrong usage."""
     try:
         require("click", extra="cli")
         from llamacrab.cli import run

@@ -1,4 +1,4 @@
-"""What looks wrong about how a model is used, said once, in the log, with what to do."""
+"""Warn once, in the log, about suspicious model metadata or settings, with advice."""
 
 from __future__ import annotations
 
@@ -16,54 +16,54 @@ if TYPE_CHECKING:
     from llamacrab._core import Model
 
 _logger = logging.getLogger("llamacrab")
-# What is doubtful about a model has a name of its own, which the command line shows.
-_doubts_logger = logging.getLogger("llamacrab._diagnostics")
+# Warnings about a model have a logger of their own: the command line shows its records.
+_model_logger = logging.getLogger("llamacrab.diagnostics")
 
-# Without pooling and with the head nothing is pooled otherwise than the model was trained.
+# Only these contradict each other: NONE does not pool, and RANK uses the head.
 _POOLED = (PoolingType.MEAN, PoolingType.CLS, PoolingType.LAST)
 
 
 @functools.cache
 def log_missing_gpu() -> None:
-    """Log, once, that a build for GPUs finds none."""
+    """Log once that a build for GPUs finds no GPU."""
     if (backends := compiled_in(*GPU_BACKENDS)) and not has_gpu():
         _logger.warning(
-            "this build is for %s, but llama.cpp finds no such GPU here: the CPU computes",
+            "this build is for %s, but llama.cpp finds no such GPU here: the model runs on the CPU",
             " and ".join(backends),
         )
 
 
-def log_doubts(model: Model, pooling_type: PoolingType, n_ctx: int) -> None:
-    """Log a warning for everything about a model that makes good vectors unlikely."""
-    for doubt in _doubts(model, pooling_type, n_ctx):
-        _doubts_logger.warning("%s: %s", model.path, doubt)
+def log_context_warnings(model: Model, pooling_type: PoolingType, n_ctx: int) -> None:
+    """Log a warning for each setting or key of a model that makes good embeddings unlikely."""
+    for warning in _context_warnings(model, pooling_type, n_ctx):
+        _model_logger.warning("%s: %s", model.path, warning)
 
 
-def _doubts(model: Model, pooling_type: PoolingType, n_ctx: int) -> Iterator[str]:
+def _context_warnings(model: Model, pooling_type: PoolingType, n_ctx: int) -> Iterator[str]:
     if n_ctx > model.n_ctx_train:
-        yield f"n_ctx={n_ctx} is more than the {model.n_ctx_train} tokens it was trained on"
+        yield f"n_ctx={n_ctx} is more than the {model.n_ctx_train} tokens of the model's training"
     own = model.pooling_type
     if own in _POOLED and pooling_type in _POOLED and own != pooling_type:
         yield (
             f"pooling {pooling_type.name} contradicts the GGUF, which says {own.name}: leave "
-            "pooling_type out unless you know better"
+            "pooling_type out unless you are sure"
         )
-    if (complaint := _missing_int8(model)) is not None:
-        yield complaint
+    if (warning := _missing_int8(model)) is not None:
+        yield warning
     vocab = model.vocab
-    # BERT's vocabularies are closed by SEP whatever the flags say.
+    # A BERT vocabulary always ends a text with SEP, whatever the flags say.
     if vocab.vocab_type in (VocabType.NONE, VocabType.WPM) or vocab.eos is None or vocab.suffix_ids:
         return
     if pooling_type == PoolingType.LAST and "tokenizer.ggml.add_eos_token" not in model.metadata:
         yield (
-            "it pools by the last token, but does not say whether to close a text with EOS "
-            "(tokenizer.ggml.add_eos_token), as old conversions do not: if it was trained so, "
-            f"convert it anew or pass end_token={vocab.eos}"
+            "the model pools by the last token, but its file does not say whether a text ends with "
+            "EOS (tokenizer.ggml.add_eos_token), as in old conversions: if it was trained with "
+            f"EOS, convert it again or pass end_token={vocab.eos}"
         )
 
 
 def _missing_int8(model: Model) -> str | None:
-    """Return why products are not in 8 bits though that was asked for."""
+    """Return why products are not computed in 8 bits although cpu_backend="int8"."""
     n_matrices = sum(model.ffn_types.values())
     if not model.wants_int8 or model.n_int8_matrices >= max(1, n_matrices):
         return None

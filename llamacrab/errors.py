@@ -7,16 +7,16 @@ from typing import Any
 
 
 class LlamaError(Exception):
-    """Base of every exception that llamacrab raises on purpose.
+    """Base of the exceptions that llamacrab raises.
 
     Attributes
     ----------
     rows : ndarray of float32, list of them, or None
-        Where a call over many texts failed in the middle: what it would have returned.
+        If a call with several texts failed before its end: what it would have returned.
     done : ndarray of bool, or None
         Which of `rows` had been computed by then.
     index : int or None
-        Which text of the call the error is about, where it is about one.
+        Number of the text that the error is about, if it is about one text.
     """
 
     rows: Any = None
@@ -24,7 +24,7 @@ class LlamaError(Exception):
     index: int | None = None
 
     def renumber(self, index: int, note: str = "") -> None:
-        """Call the text that the error is about by another number, in the message too.
+        """Change the number of the text that the error is about, also in the message.
 
         Parameters
         ----------
@@ -33,7 +33,7 @@ class LlamaError(Exception):
         note : str
             Added to the message.
         """
-        # Every such message names its text so.
+        # Every such message names its text as "text N".
         message = str(self).replace(f"text {self.index}", f"text {index}", 1)
         self.args = (f"{message} ({note})" if note else message,)
         self.index = index
@@ -56,7 +56,7 @@ class ModelCorruptError(ModelFormatError):
 
 
 class UnsupportedModelError(ModelError, ValueError):
-    """The model is sound, but of a kind that cannot embed or rerank here."""
+    """The model is valid, but of a kind that cannot embed or rerank here."""
 
 
 class FetchError(ModelError, OSError):
@@ -72,7 +72,7 @@ class DeviceError(LlamaError, ValueError):
 
 
 class ContextError(LlamaError, ValueError):
-    """A context cannot be made with these sizes, or is too small for what is asked of it."""
+    """A context cannot be made with these sizes, or is too small for the request."""
 
 
 class AllocationError(LlamaError, MemoryError):
@@ -80,7 +80,7 @@ class AllocationError(LlamaError, MemoryError):
 
 
 class InputError(LlamaError, ValueError):
-    """An input is not one that the model can take."""
+    """The model cannot take this input, or an argument is wrong."""
 
 
 class EmptyInputError(InputError):
@@ -97,7 +97,7 @@ class TextTooLongError(InputError):
     limit : int
         Tokens that fit.
     index : int
-        Which text of the call it was.
+        Number of the text in the call.
     """
 
     def __init__(self, n_tokens: int, limit: int, index: int, advice: str) -> None:
@@ -110,7 +110,7 @@ class TextTooLongError(InputError):
 
 
 class PoolingError(LlamaError, ValueError):
-    """The pooling of this model does not give what the call asks for."""
+    """The call needs another pooling than that of this model."""
 
 
 class ClosedError(LlamaError, ValueError):
@@ -132,12 +132,12 @@ class DecodeError(LlamaError, RuntimeError):
 
 
 class NumericalError(LlamaError, ArithmeticError):
-    """A row holds NaN or infinity, or zeros only.
+    """An embedding or score is NaN or infinite, or all zeros.
 
     Attributes
     ----------
     index : int
-        Which text of the call it was.
+        Number of the text in the call.
     """
 
     def __init__(self, index: int, what: str = "NaN or infinite") -> None:
@@ -149,7 +149,7 @@ class NumericalError(LlamaError, ArithmeticError):
 
 
 class CorpusError(LlamaError, ValueError):
-    """A bulk job cannot go on: its folder holds another job, or a row of its source is wrong.
+    """A job cannot continue: its folder holds another job, or a row of its source is wrong.
 
     Attributes
     ----------
@@ -163,15 +163,15 @@ class CorpusError(LlamaError, ValueError):
 
 
 class BenchError(LlamaError, RuntimeError):
-    """A worker of a bench failed, or results cannot be compared."""
+    """A worker of a benchmark failed, or results cannot be compared."""
 
 
 class QueueFull(LlamaError, RuntimeError):
-    """The queue has no room, and the call was told not to wait."""
+    """The queue is full, and the call does not wait."""
 
 
 class LlamaTimeoutError(LlamaError, TimeoutError):
-    """The time given for a call is over; its remaining texts were dropped."""
+    """The timeout of a call has passed; its remaining texts were dropped."""
 
 
 class CancelledError(LlamaError, concurrent.futures.CancelledError):
@@ -179,7 +179,7 @@ class CancelledError(LlamaError, concurrent.futures.CancelledError):
 
 
 class ForkError(LlamaError, RuntimeError):
-    """A `Llama` is used in a forked child, where its threads do not exist."""
+    """A `Llama` is used in a forked process, where its threads do not exist."""
 
 
 class MissingExtraError(LlamaError, ImportError):

@@ -1,4 +1,4 @@
-"""`Llama`: what people import."""
+"""`Llama`: the public interface."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, overload
 import numpy as np
 
 from llamacrab._core import PoolingType, Scheduler, SplitMode, Tokenization
-from llamacrab._diagnostics import log_doubts, log_missing_gpu
+from llamacrab._diagnostics import log_context_warnings, log_missing_gpu
 from llamacrab._engine import Engine
 from llamacrab.errors import ClosedError, DeviceError, InputError, PoolingError
 from llamacrab.models.default import resolve
@@ -21,7 +21,7 @@ from llamacrab.options import EmbedKeywords, EmbedOptions, merge
 from llamacrab.requests.embedding import EmbedPipeline, EmbedRequest
 from llamacrab.requests.pair_template import Pairs, PairTemplate
 from llamacrab.requests.prompts import prompts_of
-from llamacrab.requests.reranking import RerankRequest, Scoring, warn_of_wrong_scores
+from llamacrab.requests.reranking import RerankRequest, Scoring, warn_about_scores
 from llamacrab.requests.texts import as_iterator, as_list, as_pairs, is_one
 from llamacrab.tuning import Layout
 
@@ -40,13 +40,13 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("llamacrab")
 
-# Pipelines that are kept, one for every set of options in use.
+# Number of pipelines that are kept, one per set of options.
 PIPELINES_MAX = 64
 
 
 @dataclass(frozen=True)
 class TokenEmbeddings:
-    """The vectors of a text's tokens.
+    """The embeddings of a text's tokens.
 
     Attributes
     ----------
@@ -55,7 +55,7 @@ class TokenEmbeddings:
     offsets : ndarray of int32, shape (n_tokens, 2)
         Where in the text each token comes from: ``text[start:stop]``; (0, 0) for special tokens.
     vectors : ndarray, shape (n_tokens, n_embd)
-        A row for each token.
+        One embedding per token.
     """
 
     ids: np.ndarray
@@ -77,16 +77,16 @@ class Llama:
         Tokens that can be computed together, at least `n_ctx` unless the model is causal and pools
         by LAST or RANK; 0: enough for `n_ctx` and `pack_tokens`.
     n_seq_max : int
-        Texts that can be computed together, at most 256; 0: one for every 4 tokens of a pack.
+        Texts that can be computed together, at most 256; 0: one per 4 tokens of a pack.
     pack_tokens : int
-        Tokens that a pack of texts aims at; 0: what was measured to be fastest, or a guess. Changes
-        how fast rows come, not what they are.
+        Target size of a pack; 0: the size that was measured to be fastest, or a guess. It changes
+        how fast embeddings are computed, not their values.
     n_contexts : int
-        Packs computed at the same time, each by its own context and native thread; 0: what was
-        measured, or as many as there are CPUs for `n_threads` each.
+        Packs computed at the same time, each by its own context and native thread; 0: the
+        measured number, or as many as there are CPUs for `n_threads` each.
     n_threads : int
-        Threads that compute a pack; 0: what was measured, or the CPUs that the process may use,
-        shared between the contexts.
+        Threads that compute a pack; 0: the measured number, or the CPUs that the process may use,
+        divided by the number of contexts.
     n_cpus : int
         CPUs that all contexts together may use; 0: all that the process may use. With it alone,
         ``Llama(n_cpus=1)`` keeps one CPU busy, and no more.
@@ -97,28 +97,28 @@ class Llama:
     split_mode : SplitMode
         How several GPUs share the model.
     devices : sequence of str, optional
-        Instead of one model that all GPUs share, a copy of it on each of these devices, by the
-        names that ``llamacrab info --devices`` shows, all behind the one queue. They should be
-        equally fast. `n_contexts` and `n_threads` are those of each copy.
+        Put a copy of the model on each of these devices, instead of one model that all GPUs share.
+        ``llamacrab info --devices`` shows their names. All copies take packs from one queue, and
+        should be equally fast. `n_contexts` and `n_threads` are per copy.
     pooling_type : PoolingType or str
-        How rows of tokens become the row of a text, or its name, such as ``"mean"``; UNSPECIFIED:
-        what the GGUF says, else MEAN.
+        How the rows of a text's tokens become its embedding, also by name, such as ``"mean"``;
+        UNSPECIFIED: as the GGUF says, else MEAN.
     flash_attn : bool or "auto"
         Flash attention.
     use_mmap, use_mlock : bool
         Map the file instead of reading it; keep it from being swapped out.
     cpu_backend : {"auto", "llamacrab", "ggml", "int8"}
-        What computes on the CPU: llamacrab's own kernels, llama.cpp's, or the former with products
-        in 8 bits; "auto": what the environment variable ``LLAMACRAB_CPU_BACKEND`` says, else the
-        faster of the first two. See docs/kernels.md.
+        Kernels on the CPU: llamacrab's, ggml's, or llamacrab's with products in 8 bits ("int8").
+        "auto": the value of the environment variable ``LLAMACRAB_CPU_BACKEND``, else the faster of
+        "llamacrab" and "ggml". See docs/kernels.md.
     queue_tokens : int
-        Tokens that may wait before a call that brings more must; 0: 32 packs a context.
+        Size of the queue in tokens: when it is full, further calls wait; 0: 32 packs per context.
     deterministic : bool
-        Compute every text alone, so that its row is the same to the last bit whatever else is
-        computed. Slower: see docs/threads.md.
+        Compute every text alone, so that its embedding is the same to the last bit, whatever else
+        is in the queue. Slower: see docs/threads.md.
     on_pack : callable, optional
-        Called after every pack, on a thread of its own, with a dict of the fields that
-        `recent_packs` has. If it is so slow that it falls 4096 packs behind, it misses some.
+        Called after every pack, on a separate thread, with a dict of the fields of `recent_packs`.
+        If it falls more than 4096 packs behind, it misses some.
 
     Attributes
     ----------
@@ -127,16 +127,16 @@ class Llama:
     prompts : dict of str to str
         The model's own prompts by name; empty where none are known.
     layouts : list of llamacrab.tuning.Layout
-        How each of `devices` computes.
+        One per device.
     layout : llamacrab.tuning.Layout
-        Contexts, threads and tokens per pack that are in use.
+        Contexts, threads per context, and tokens per pack.
     layout_sources : dict of str to str
         Where each number of `layout` comes from.
     backends : list of str
-        What computes: ``"ggml"``, one of llamacrab's sets of kernels such as ``"llamacrab avx2"``,
-        or a kind of GPU such as ``"CUDA"``; several where the copies on `devices` differ.
+        Where the model runs: ``"ggml"``, a kernel set such as ``"llamacrab avx2"``, or a kind of
+        GPU such as ``"CUDA"``; several if the copies on `devices` differ.
     deterministic : bool
-        As it was given.
+        The value of the parameter.
 
     Raises
     ------
@@ -174,7 +174,7 @@ class Llama:
         deterministic: bool = False,
         on_pack: Callable[[dict[str, Any]], Any] | None = None,
     ) -> None:
-        # What pickle makes it of again.
+        # The arguments from which pickle makes it again.
         self._given = {
             name: value for name, value in locals().items() if name not in ("self", "path")
         }
@@ -211,12 +211,12 @@ class Llama:
         self._pipelines: dict[str, EmbedPipeline] = {}
         if devices is None and n_gpu_layers != 0:
             log_missing_gpu()
-        log_doubts(self.model, self.pooling_type, self._engine.n_ctx_wanted)
+        log_context_warnings(self.model, self.pooling_type, self._engine.n_ctx_wanted)
         if self.pooling_type == PoolingType.RANK:
-            warn_of_wrong_scores(self.model)
+            warn_about_scores(self.model)
         _logger.info(
             "%s: %s, cpu_backend=%s, %s",
-            repr(self),  # now: a record may be formatted when it is closed
+            repr(self),  # not later: the model may be closed before the record is formatted
             self.model.desc,
             self.model.cpu_backend,
             ", ".join(map(str, self.layouts)),
@@ -224,12 +224,12 @@ class Llama:
 
     @property
     def layouts(self) -> list[Layout]:
-        """How the model is computed on each of its devices."""
+        """The layout on each of the devices."""
         return self._engine.layouts
 
     @property
     def layout(self) -> Layout:
-        """How the model is computed, on the first of its devices; `layouts` has all."""
+        """The layout on the first device; `layouts` has all."""
         return self._engine.layouts[0]
 
     @property
@@ -252,9 +252,9 @@ class Llama:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle its file and arguments: the process that unpickles it loads the model itself."""
+        """Pickle the path and the arguments: the process that unpickles them loads the model."""
         if self.model.closed:
-            raise ClosedError("the Llama is closed: pickle it before, or pass its path")
+            raise ClosedError("the Llama is closed: pickle it before closing it, or pass its path")
         on_pack = self._given["on_pack"]
         try:
             pickle.dumps(on_pack)
@@ -266,7 +266,7 @@ class Llama:
         return functools.partial(type(self), **self._given), (self._path,)
 
     def __copy__(self) -> Self:
-        """Return itself: one model serves all who use it."""
+        """Return itself: copies share one model."""
         return self
 
     def __deepcopy__(self, memo: Any) -> Self:
@@ -292,7 +292,7 @@ class Llama:
 
     @property
     def pooling_type(self) -> PoolingType:
-        """How rows of tokens become the row of a text."""
+        """How the rows of a text's tokens become its embedding."""
         return self._engine.scheduler.context.pooling_type
 
     # ------------------------------------------------------------------------------- embedding
@@ -305,31 +305,31 @@ class Llama:
         timeout: float | None = None,
         **changes: Unpack[EmbedKeywords],
     ) -> np.ndarray:
-        """Return the vector of one text.
+        """Return the embedding of one text.
 
         Parameters
         ----------
         text : str or sequence of int
             A text, or token ids, to which no special token is added.
         options : EmbedOptions, optional
-            How; by default ``EmbedOptions()``.
+            Options of the embeddings; by default ``EmbedOptions()``.
         timeout : float, optional
             Seconds after which to give up with `LlamaTimeoutError`.
         **changes
-            Fields of `EmbedOptions`, such as ``normalize=False`` or ``truncate=True``, where this
-            call differs from `options`.
+            Fields of `EmbedOptions`, such as ``normalize=False`` or ``truncate=True``. They
+            override those of `options`.
 
         Returns
         -------
         ndarray of float32, shape (n_embd,)
-            Of another dtype or width where the options say so. With ``PoolingType.NONE`` a row for
-            every token: shape (n_tokens, n_embd).
+            Another dtype or width if the options ask for it. With ``PoolingType.NONE`` one row per
+            token: shape (n_tokens, n_embd).
 
         Raises
         ------
         InputError
-            The text is too long (`TextTooLongError`), has no tokens, or is of a wrong type; or an
-            option makes no sense for this model.
+            The text is too long (`TextTooLongError`), has no tokens, or has a wrong type; or an
+            option does not fit this model.
         PoolingError
             The model is a reranker.
         """
@@ -346,7 +346,7 @@ class Llama:
         timeout: float | None = None,
         **changes: Unpack[EmbedKeywords],
     ) -> np.ndarray:
-        """Return the vectors of many texts, in their order.
+        """Return the embeddings of several texts, in the order of the texts.
 
         Parameters
         ----------
@@ -354,7 +354,7 @@ class Llama:
             Texts, or token ids, to which no special token is added: a list, a flat array of
             numpy or Arrow, a Series, a generator. See docs/embed.md for what is refused.
         options : EmbedOptions, optional
-            How; by default ``EmbedOptions()``.
+            Options of the embeddings; by default ``EmbedOptions()``.
         dedup : bool
             Compute equal texts that are in the queue at the same time once.
         progress : bool
@@ -362,29 +362,29 @@ class Llama:
         timeout : float, optional
             Seconds after which to give up with `LlamaTimeoutError`.
         **changes
-            Fields of `EmbedOptions`, where this call differs from `options`.
+            Fields of `EmbedOptions` that override those of `options`.
 
         Returns
         -------
         ndarray of float32, shape (n_texts, n_embd)
-            Of another dtype or width where the options say so. With ``PoolingType.NONE`` a list of
+            Another dtype or width if the options ask for it. With ``PoolingType.NONE`` a list of
             arrays, each of shape (n_tokens, n_embd).
 
         Raises
         ------
         InputError
-            A text is too long, has no tokens, is missing, or is of a wrong type; ``index`` tells
-            which. Or `texts` holds no texts, or an option makes no sense for this model.
+            A text is too long, has no tokens, is missing, or has a wrong type; ``index`` is its
+            number. Or `texts` does not hold texts, or an option does not fit this model.
         PoolingError
             The model is a reranker.
         DecodeError, NumericalError, AllocationError, LlamaTimeoutError, ClosedError
-            It failed in the middle.
+            The computation failed after some texts were computed.
 
         Notes
         -----
-        Texts are encoded while earlier ones are computed, so any exception may come late. Nothing
-        is lost: a `LlamaError` has ``rows``, what this call would have returned, and ``done``, a
-        bool for each text that tells whether its row is there.
+        Texts are tokenized while earlier ones are computed, so an exception may come late. Results
+        are not lost: a `LlamaError` has ``rows``, the embeddings that this call would have
+        returned, and ``done``, a bool per text: whether its embedding was computed.
         """
         pipeline = self._pipeline(merge(options, changes))
         request = EmbedRequest(pipeline, as_list(texts, "embed_texts"), dedup=dedup)
@@ -398,7 +398,7 @@ class Llama:
         timeout: float | None = None,
         **changes: Unpack[EmbedKeywords],
     ) -> np.ndarray:
-        """Return the vector of a search query: `embed` with the model's prompt for queries.
+        """Return the embedding of a search query: `embed` with the model's prompt for queries.
 
         A model whose prompts are not known (`prompts`) gets none.
         """
@@ -415,7 +415,7 @@ class Llama:
         timeout: float | None = None,
         **changes: Unpack[EmbedKeywords],
     ) -> np.ndarray:
-        """Return the vectors of documents: `embed_texts` with the model's prompt for documents.
+        """Return the embeddings of documents: `embed_texts` with the model's prompt for documents.
 
         A model whose prompts are not known (`prompts`) gets none.
         """
@@ -428,16 +428,16 @@ class Llama:
     def embed_tokens(
         self, text: Text, *, options: EmbedOptions | None = None, **changes: Unpack[EmbedKeywords]
     ) -> TokenEmbeddings:
-        """Return the vectors of a text's tokens, and where in the text each token comes from.
+        """Return the embeddings of a text's tokens, and where in the text each token comes from.
 
         Parameters
         ----------
         text : str or sequence of int
-            A text; or token ids, which come from no text, so that all offsets are (0, 0).
+            A text, or token ids. For token ids there is no text, so all offsets are (0, 0).
         options : EmbedOptions, optional
-            How; by default ``EmbedOptions()``.
+            Options of the embeddings; by default ``EmbedOptions()``.
         **changes
-            Fields of `EmbedOptions`, where this call differs from `options`.
+            Fields of `EmbedOptions` that override those of `options`.
 
         Raises
         ------
@@ -447,7 +447,7 @@ class Llama:
         if self.pooling_type != PoolingType.NONE:
             raise PoolingError(
                 f"this Llama pools ({self.pooling_type.name}): make one with "
-                "pooling_type=PoolingType.NONE for the vectors of tokens"
+                "pooling_type=PoolingType.NONE for the embeddings of tokens"
             )
         pipeline = self._pipeline(merge(options, changes))
         ids = pipeline.tokenization.tokenize(text)
@@ -464,19 +464,19 @@ class Llama:
         batch_size: int = 1024,
         **changes: Unpack[EmbedKeywords],
     ) -> Iterator[np.ndarray]:
-        """Yield the vectors of a stream of texts, in order, in bounded memory.
+        """Yield the embeddings of a stream of texts, in order, in bounded memory.
 
-        At most four blocks of `batch_size` texts are held at a time: one that is yielded, and those
-        that are being read and computed meanwhile.
+        At most four blocks of `batch_size` texts are in memory: the one that is yielded, and those
+        that are being read and computed at the same time.
 
         Parameters
         ----------
         texts : iterable of str or of sequences of int
-            The texts; a generator is read as vectors are taken.
+            The texts. A generator is read as embeddings are taken.
         options, dedup, **changes
             As for `embed_texts`.
         batch_size : int
-            Texts a block.
+            Texts per block.
 
         Yields
         ------
@@ -485,7 +485,7 @@ class Llama:
         """
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, not {batch_size}")
-        # What cannot work fails here, not at the first block.
+        # Wrong options raise here, not at the first block.
         pipeline = self._pipeline(merge(options, changes))
         stream = as_iterator(texts, "embed_iter")
         return self._engine.stream(_requests(pipeline, stream, batch_size, dedup=dedup))
@@ -499,7 +499,7 @@ class Llama:
         block: bool = True,
         **changes: Unpack[EmbedKeywords],
     ) -> Future[np.ndarray]:
-        """Queue one text or a list of texts and return at once a future of their vectors.
+        """Queue one text or a list of texts, and return at once a future of their embeddings.
 
         Parameters
         ----------
@@ -513,8 +513,8 @@ class Llama:
         Returns
         -------
         concurrent.futures.Future
-            Its ``cancel()`` works until the vectors are there: what waits is dropped, and a pack
-            that nobody else needs is stopped.
+            Its ``cancel()`` works until the embeddings are computed: texts that wait are dropped,
+            and a pack that holds no text of another call is stopped.
 
         Raises
         ------
@@ -530,7 +530,7 @@ class Llama:
     async def aembed(
         self, text: Text, *, options: EmbedOptions | None = None, **changes: Unpack[EmbedKeywords]
     ) -> np.ndarray:
-        """Await the vector of one text; see `embed`."""
+        """Await the embedding of one text; see `embed`."""
         request = EmbedRequest(self._pipeline(merge(options, changes)), [text], single=True)
         return cast("np.ndarray", await self._engine.arun(request))
 
@@ -542,9 +542,9 @@ class Llama:
         dedup: bool = True,
         **changes: Unpack[EmbedKeywords],
     ) -> np.ndarray:
-        """Await the vectors of many texts; see `embed_texts`.
+        """Await the embeddings of several texts; see `embed_texts`.
 
-        Cancelling the task drops what waits and does not disturb other callers.
+        Cancelling the task drops the texts that wait. Other calls are not affected.
         """
         pipeline = self._pipeline(merge(options, changes))
         request = EmbedRequest(pipeline, as_list(texts, "aembed_texts"), dedup=dedup)
@@ -553,7 +553,7 @@ class Llama:
     async def aembed_query(
         self, text: Text, *, options: EmbedOptions | None = None, **changes: Unpack[EmbedKeywords]
     ) -> np.ndarray:
-        """Await the vector of a search query; see `embed_query`."""
+        """Await the embedding of a search query; see `embed_query`."""
         return await self.aembed(text, options=self._with_prompt("query", merge(options, changes)))
 
     async def aembed_documents(
@@ -564,7 +564,7 @@ class Llama:
         dedup: bool = True,
         **changes: Unpack[EmbedKeywords],
     ) -> np.ndarray:
-        """Await the vectors of documents; see `embed_documents`."""
+        """Await the embeddings of documents; see `embed_documents`."""
         texts = as_list(texts, "aembed_documents")
         options = self._with_prompt("document", merge(options, changes))
         return await self.aembed_texts(texts, options=options, dedup=dedup)
@@ -573,7 +573,7 @@ class Llama:
 
     @property
     def labels(self) -> list[str]:
-        """Names of the classes that the head of a reranker tells apart, if the GGUF has them."""
+        """Names of the classes of a reranker's head, if the GGUF has them."""
         return self.model.cls_labels
 
     @overload
@@ -635,24 +635,24 @@ class Llama:
         documents : iterable of str
             The documents.
         top_k : int, optional
-            Return the best so many documents, sorted.
+            Return only the `top_k` best documents, sorted.
         activation : {"none", "sigmoid", "softmax"}
             Applied to the outputs of the head: the logistic function to each, or the softmax over
-            the classes of a head that has several. Neither changes what llama.cpp has turned into
-            probabilities already (Qwen3 rerankers).
+            the classes of a head with several classes. Neither changes the scores of Qwen3
+            rerankers, which llama.cpp has already turned into probabilities.
         return_documents : bool
             Return sorted results that hold the documents themselves.
         truncate : bool or {"end", "start", "middle"}
-            Which part of a document that is too long beside the query to cut away, instead of
-            raising; True is the end. Never anything but the document.
+            Which part of a document to cut away if the pair is too long, instead of raising; True
+            is the end. Only the document is cut.
         timeout : float, optional
             Seconds after which to give up with `LlamaTimeoutError`.
 
         Returns
         -------
         ndarray of float32, shape (n_documents,)
-            Scores in the order of the documents, higher is better. They are the head's raw outputs,
-            but for Qwen3 rerankers, where llama.cpp's graph already gives the probability of "yes".
+            Scores in the order of the documents, higher is better. They are the head's raw outputs;
+            for Qwen3 rerankers llama.cpp's graph gives the probability of "yes" instead.
             A head with several classes gives shape (n_documents, n_cls_out), named by `labels`.
         list of RerankResult
             With `top_k` or `return_documents`: ``index``, ``score`` and ``document``, best first.
@@ -664,8 +664,8 @@ class Llama:
         TextTooLongError
             A pair is too long.
         InputError
-            An argument is wrong, or means nothing for this head: the softmax over one output, an
-            order of documents by several classes.
+            An argument is wrong, or does not fit this head: the softmax over one output, or sorted
+            documents with several classes.
         """
         documents = as_list(documents, "rerank")
         request = self._rerank_request(
@@ -714,12 +714,12 @@ class Llama:
     ) -> np.ndarray:
         """Return how well the document of each pair answers the query of the pair.
 
-        Pairs of all queries share packs, which is faster than a call of `rerank` for each query.
+        Pairs of all queries share packs, which is faster than one call of `rerank` per query.
 
         Parameters
         ----------
         pairs : iterable of (str, str)
-            Query and document of each.
+            Query and document of each pair.
         activation, truncate, timeout
             As for `rerank`.
 
@@ -795,7 +795,7 @@ class Llama:
         request = self._pairs_request(as_pairs(pairs, "arerank_pairs"), activation, truncate)
         return cast("np.ndarray", await self._engine.arun(request))
 
-    # ------------------------------------------------------------------------------- the rest
+    # ------------------------------------------------------------------------------- statistics
 
     def stats(self) -> dict[str, Any]:
         """Return what the scheduler has done so far.
@@ -803,26 +803,27 @@ class Llama:
         Returns
         -------
         dict
-            ``queued_texts`` and ``queued_tokens`` now; ``tokenize_seconds`` of all callers
-            together; ``workers``, a dict for each context: ``packs``, ``texts``, ``tokens``, and
-            the seconds spent in ``wait_seconds``, ``decode_seconds`` and ``copy_seconds``.
+            ``queued_texts`` and ``queued_tokens`` now; ``tokenize_seconds``, the sum over all
+            calls; ``workers``, one dict per context: ``packs``, ``texts``, ``tokens``, and the
+            times ``wait_seconds``, ``decode_seconds`` and ``copy_seconds``.
         """
         return self._engine.scheduler.stats()
 
     def recent_packs(self) -> np.ndarray:
-        """Return the last packs, up to 4096, a structured array in the order in which they ended.
+        """Return the last packs, at most 4096, as a structured array in the order of their ends.
 
         Returns
         -------
         ndarray, shape (n_packs,)
             Fields ``worker`` (which context), ``n_texts``, ``n_tokens``, ``seconds`` (from taking
-            the pack to its last row), of them ``decode_seconds`` and ``copy_seconds``,
-            ``wait_seconds`` (of the worker, before it), ``queued_tokens`` (left behind it).
+            the pack to its last row), its parts ``decode_seconds`` and ``copy_seconds``,
+            ``wait_seconds`` (of the worker, before the pack), ``queued_tokens`` (in the queue
+            after the pack was taken).
         """
         return self._engine.scheduler.recent_packs()
 
     def _pipeline(self, options: EmbedOptions) -> EmbedPipeline:
-        """Return how to do what the options say; callers of single texts ask again and again."""
+        """Return the pipeline for these options; pipelines are kept for calls with single texts."""
         if self.pooling_type == PoolingType.RANK:
             raise PoolingError("this model is a reranker (pooling RANK): use rerank()")
         pipeline = self._pipelines.get(options.key)
@@ -843,7 +844,7 @@ class Llama:
         given = options.prompt is not None or options.prompt_name is not None
         return options if given or name not in self.prompts else replace(options, prompt_name=name)
 
-    def _scoring(self, activation: Activation, **wanted: Any) -> Scoring:
+    def _scoring(self, activation: Activation, **scoring_kwargs: Any) -> Scoring:
         if self.pooling_type != PoolingType.RANK:
             raise PoolingError(
                 "this model is used as an embedder"
@@ -853,7 +854,7 @@ class Llama:
                     else " and has no classification head: reranking needs a reranker's GGUF"
                 )
             )
-        return Scoring(self.model, activation, **wanted)
+        return Scoring(self.model, activation, **scoring_kwargs)
 
     def _rerank_request(
         self,

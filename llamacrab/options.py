@@ -1,4 +1,4 @@
-"""`EmbedOptions`: how texts become vectors, checked before anything is computed."""
+"""`EmbedOptions`: how texts become embeddings. Checked before anything is computed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     Truncate: TypeAlias = bool | Literal["end", "start", "middle"]
 
 
-# The p of a p-norm, or what stands for another scale; native/scheduler.hpp has the same numbers.
+# The p of a p-norm, or a number that stands for another scale. native/scheduler.hpp has the same.
 NORMS = {"none": 0.0, "l1": 1.0, "l2": 2.0, "max": float("inf")}
 NORM_INT16 = -16.0
 
@@ -42,44 +42,44 @@ class EmbedKeywords(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedOptions:
-    """How texts become vectors. A keyword given to the call itself wins over the options.
+    """How texts become embeddings. A keyword of the call overrides the field of that name.
 
     Parameters
     ----------
     normalize : bool, str or int
-        Divide each vector by its norm: True or ``"l2"`` (Euclid), ``"l1"`` (sum of absolute
-        values), ``"max"`` (greatest absolute value), False or ``"none"`` (not at all). A number
-        that is no bool is taken as llama.cpp's ``embd_normalize``: -1 none, 0 greatest absolute
-        value scaled to 32760, 1 l1, 2 l2, p > 2 the p-norm.
+        Divide each embedding by its norm: True or ``"l2"`` (Euclidean length), ``"l1"`` (sum of
+        absolute values), ``"max"`` (largest absolute value), False or ``"none"`` (no norm). An int
+        has the meaning of llama.cpp's ``embd_normalize``: -1 none, 0 largest absolute value scaled
+        to 32760, 1 l1, 2 l2, p > 2 the p-norm.
     start_token : bool or int
-        Begin with the token that the model was trained to see first (BOS or CLS), if it has one;
-        with nothing; or with this token id.
+        True: begin with the token that the model was trained to see first (BOS or CLS), if it has
+        one. False: with no special token. An int: with this token id.
     end_token : bool or int
-        End with the token that the model was trained to see last (EOS or SEP), likewise.
+        The same for the token that the model was trained to see last (EOS or SEP).
     truncate : bool or {"end", "start", "middle"}
-        Which part of a text that is too long to cut away, instead of raising; True is the end.
-        "middle" keeps the first half of what fits and the last. The special tokens around a text,
-        and the prompt, stay, and count.
+        Which part to cut away from a text that is too long, instead of raising; True is the end.
+        "middle" keeps the first and the last tokens, each half of what fits. Special tokens and
+        the prompt are never cut; they count towards the limit.
     parse_special : bool
-        Read the spelling of a special token, such as ``[SEP]``, in a text as that token.
+        Treat the spelling of a special token in a text, such as ``[SEP]``, as that token.
     prompt : str, optional
-        Put this before every text. Never cut.
+        Put before every text; never cut.
     prompt_name : str, optional
-        Put the model's own prompt of this name, such as ``"query"``, before every text; see
+        Name of one of the model's own prompts, such as ``"query"``, to put before every text; see
         `Llama.prompts`.
     dimensions : int, optional
-        Keep only the first so many numbers of a vector, before it is normalized. Only models that
-        were trained for it (Matryoshka) give good vectors so.
+        Keep only the first `dimensions` numbers of an embedding, and normalize them. Good only for
+        models that were trained for it (Matryoshka).
     dtype : str
         ``float32``, ``float16``, ``int8``, ``uint8``, ``binary`` or ``ubinary``; see
         `llamacrab.quantize.quantize`.
     ranges : array_like, shape (2, n), optional
-        For int8 and uint8: what `llamacrab.quantize.calibrate` returned.
+        For int8 and uint8: the result of `llamacrab.quantize.calibrate`.
     chunk : bool or int
-        Split a text of more tokens than this (True: than fit) into windows of so many, embed each,
-        and return their mean, weighted by their tokens.
+        Split a text of more tokens than this (True: than fit) into windows of this size, embed
+        each window, and return the mean of their embeddings, weighted by their tokens.
     chunk_overlap : int
-        Tokens that a window shares with the one before it.
+        Tokens that a window shares with the window before it.
     """
 
     normalize: bool | str | int = True
@@ -97,12 +97,12 @@ class EmbedOptions:
 
     @cached_property
     def key(self) -> str:
-        """What tells these options from others: 1 from True, and ranges not at all."""
+        """Key of these options in a cache. 1 and True differ in it; `ranges` are not part of it."""
         return repr(self)
 
     @property
     def norm(self) -> float:
-        """The norm that vectors are divided by, as a number of `NORMS` or `NORM_INT16`."""
+        """The norm to divide embeddings by, as a number of `NORMS` or `NORM_INT16`."""
         value = self.normalize
         if isinstance(value, (bool, np.bool_)):
             return 2.0 if value else 0.0
@@ -122,7 +122,7 @@ DEFAULT = EmbedOptions()
 
 
 def merge(options: EmbedOptions | None, changes: Any) -> EmbedOptions:
-    """Return options with those keywords of a call changed that are not None."""
+    """Return options with the fields replaced that a call gives and that are not None."""
     changed = {name: value for name, value in changes.items() if value is not None}
     options = options or DEFAULT
     return replace(options, **changed) if changed else options

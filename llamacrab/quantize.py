@@ -1,4 +1,4 @@
-"""Vectors in fewer bits, with the meanings that sentence-transformers gives to its precisions.
+"""Embeddings in fewer bits, with the precisions of sentence-transformers.
 
 The formulas are those of ``sentence_transformers.quantization.quantize_embeddings``.
 """
@@ -18,51 +18,52 @@ DTYPES = ("float32", "float16", "int8", "uint8", "binary", "ubinary")
 
 
 def calibrate(embeddings: npt.ArrayLike) -> np.ndarray:
-    """Return the range of every dimension over typical vectors, for int8 and uint8.
+    """Return the range of every dimension over typical embeddings, for int8 and uint8.
 
     Parameters
     ----------
     embeddings : array_like of float, shape (n, n_embd)
-        Vectors like those that will be quantized, a few hundred or more.
+        Embeddings like those that will be quantized, a few hundred or more.
 
     Returns
     -------
     ndarray of float32, shape (2, n_embd)
-        Least and greatest value of each dimension.
+        Smallest and largest value of each dimension.
     """
     array = np.asarray(embeddings, dtype=np.float32)
     if array.ndim != 2 or len(array) < 2 or not np.isfinite(array).all():
-        raise InputError(f"calibrate takes two or more finite vectors, not shape {array.shape}")
+        raise InputError(f"calibrate takes two or more finite embeddings, not shape {array.shape}")
     return np.stack([array.min(axis=0), array.max(axis=0)])
 
 
 def quantize(
     embeddings: npt.ArrayLike, dtype: str, *, ranges: npt.ArrayLike | None = None
 ) -> np.ndarray:
-    """Return vectors in another dtype.
+    """Return embeddings in another dtype.
 
     Parameters
     ----------
     embeddings : array_like of float, shape (..., n_embd)
-        The vectors.
+        The embeddings.
     dtype : str
-        - ``float32``, ``float16``: the numbers as they are.
-        - ``int8``, ``uint8``: each dimension's range, cut into 255 steps; a value out of range
-          becomes its nearest end.
-        - ``binary``, ``ubinary``: one bit a dimension, set where the value is positive, eight a
-          byte, the first in the highest bit; as int8, which is the byte less 128, or as uint8.
+        - ``float32``, ``float16``: the same numbers in this type.
+        - ``int8``, ``uint8``: the range of each dimension, divided into 255 steps; a value outside
+          the range becomes the nearest end of it.
+        - ``binary``, ``ubinary``: one bit per dimension, set if the value is positive. Eight bits
+          per byte, the first in the highest bit; as int8 (the byte minus 128) or as uint8.
     ranges : array_like of float, shape (2, n_embd), optional
-        What `calibrate` returned; needed for int8 and uint8. Vectors can only be compared with
-        others that were quantized with the same ranges.
+        The result of `calibrate`; needed for int8 and uint8. Embeddings can only be compared if
+        they were quantized with the same ranges.
 
     Returns
     -------
-    ndarray, shape (..., n_embd), or (..., n_embd / 8) of bits
+    ndarray, shape (..., n_embd), or (..., n_embd / 8) for bits
 
     Raises
     ------
     InputError
-        The dtype is unknown, ranges are missing or of another width, or n_embd is no multiple of 8.
+        The dtype is unknown, ranges are missing or have another width, or n_embd is not a multiple
+        of 8 (for bits).
     """
     array = np.asarray(embeddings)
     check(dtype, array.shape[-1], ranges)
@@ -72,7 +73,7 @@ def quantize(
         bits = np.packbits(array > 0, axis=-1)
         return bits if dtype == "ubinary" else (bits ^ 0x80).view(np.int8)
     low, high = np.asarray(ranges, dtype=np.float32)
-    # A dimension that never varied carries nothing; any step will do.
+    # A constant dimension carries no information: any step will do.
     steps = np.where(high > low, (high - low) / 255, 1)
     buckets = np.clip(np.floor((array - low) / steps), 0, 255)
     if dtype == "uint8":
@@ -81,16 +82,17 @@ def quantize(
 
 
 def check(dtype: str, n_embd: int, ranges: npt.ArrayLike | None) -> None:
-    """Refuse what `quantize` cannot do to vectors of `n_embd` numbers."""
+    """Raise if `quantize` cannot convert embeddings of `n_embd` numbers."""
     if dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     if dtype in ("binary", "ubinary") and n_embd % 8:
-        raise InputError(f"{dtype} packs eight dimensions a byte: {n_embd} is no multiple of 8")
+        raise InputError(f"{dtype} packs 8 dimensions per byte: {n_embd} is not a multiple of 8")
     if dtype in ("int8", "uint8"):
         if ranges is None:
             raise InputError(
                 f"{dtype} needs ranges=, which llamacrab.quantize.calibrate makes from typical "
-                "vectors: ranges of each call's own would make its vectors comparable to no others"
+                "embeddings: with ranges of their own, the embeddings of two calls could not be "
+                "compared"
             )
         if np.shape(ranges) != (2, n_embd):
             raise InputError(f"ranges must be of shape (2, {n_embd}), not {np.shape(ranges)}")

@@ -1,4 +1,4 @@
-"""Compare vectors, and find the nearest ones of a corpus."""
+"""Compare embeddings, and find the nearest embeddings of a corpus."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
     Score: TypeAlias = Literal["cosine", "dot", "euclidean"]
 
-# Rows normalised at once: bounds the memory for what lies between.
+# Rows normalized at once: bounds the memory for intermediate results.
 BLOCK = 65_536
-# How far from 1 the length of a normalised row may be: float16 is nearer, a cut vector is not.
+# How far from 1 the length of a normalized row may be. float16 stays within it; a row that was cut
+# after it was normalized does not.
 TOLERANCE = 1e-2
 
 
@@ -51,7 +52,7 @@ def cos_sim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     Raises
     ------
     InputError
-        Wrong shapes, NaN or infinity, or a row of zeros, which points nowhere.
+        Wrong shapes, NaN or infinity, or a row of zeros, which has no direction.
     """
     return _scores("cosine", *_both("cosine", a, b))
 
@@ -62,9 +63,9 @@ def dot_score(a: np.ndarray, b: np.ndarray, *, normalized: bool = True) -> np.nd
     Parameters
     ----------
     a, b : ndarray
-        The vectors.
+        The embeddings.
     normalized : bool
-        See that every row has length 1: a dot product favours long rows. False: take rows of any
+        Check that every row has length 1: a dot product favours long rows. False: take rows of any
         length, for a model that was trained for dot products.
 
     Raises
@@ -117,20 +118,20 @@ def semantic_search(
     """Return the rows of a corpus that are nearest to each query, best first.
 
     The search is exact: every query is compared with every row, a block of queries with a block of
-    rows at a time. Memory is bounded by the blocks and the result, whatever the corpus.
+    rows at a time. The memory used depends on the blocks and the result, not on the corpus.
 
     Parameters
     ----------
     query_embeddings : ndarray, shape (n_queries, n_embd) or (n_embd,)
-        Numbers of any type; compared in float32, distances in float64.
+        Numbers of any type. They are compared in float32, distances in float64.
     corpus_embeddings : ndarray, shape (n_corpus, n_embd), or an iterable of such arrays
-        May be memory-mapped, or come block by block, as from `Llama.embed_iter`.
+        May be memory-mapped, or an iterable of blocks such as `Llama.embed_iter`.
     top_k : int
-        How many to return a query; fewer where the corpus is smaller.
+        Rows to return per query; fewer if the corpus is smaller.
     score : {"cosine", "dot", "euclidean"}
         See `cos_sim`, `dot_score` and `euclidean_sim`.
     normalized : bool
-        See that rows compared by ``"dot"`` have length 1; see `dot_score`.
+        Check that rows compared by ``"dot"`` have length 1; see `dot_score`.
     query_block, corpus_block : int
         Queries and rows compared at once.
 
@@ -138,12 +139,13 @@ def semantic_search(
     -------
     scores : ndarray of float32, shape (n_queries, k)
     indices : ndarray of int64, shape (n_queries, k)
-        Rows of the corpus. Of equal scores, the row that comes first in the corpus is first.
+        Rows of the corpus. Rows with equal scores are in the order of the corpus.
 
     Raises
     ------
     InputError
-        Wrong shapes, NaN or infinity, or rows that `score` cannot compare; it names the row.
+        Wrong shapes, NaN or infinity, or rows that `score` cannot compare; the message names the
+        row.
     """
     _check_counts(top_k=top_k, query_block=query_block, corpus_block=corpus_block)
     if score not in ("cosine", "dot", "euclidean"):
@@ -170,9 +172,9 @@ def semantic_search_binary(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the rows of a binary corpus that are nearest to each query, best first.
 
-    Rows are found by the number of bits that differ from the query's; the best
-    ``top_k * rescore_multiplier`` of them are then sorted by the dot product of the query's own
-    numbers with the row's bits, as sentence-transformers does.
+    Rows are found by the number of bits that differ from those of the query. The best
+    ``top_k * rescore_multiplier`` rows are then sorted by the dot product of the query's numbers
+    with the row's bits, as in sentence-transformers.
 
     Parameters
     ----------
@@ -184,14 +186,14 @@ def semantic_search_binary(
     top_k, corpus_block
         As for `semantic_search`.
     rescore : bool
-        Sort by the dot products; False: by the bits alone.
+        Sort by the dot products; False: only by the bits.
     rescore_multiplier : int
-        How many rows are looked at again for each that is returned.
+        Rows to sort by the dot product, per row that is returned.
 
     Returns
     -------
     scores : ndarray of float32, shape (n_queries, k)
-        Dot products; without `rescore` minus the number of bits that differ.
+        Dot products; without `rescore`, minus the number of bits that differ.
     indices : ndarray of int64, shape (n_queries, k)
 
     Raises
@@ -214,20 +216,20 @@ def semantic_search_binary(
 
 
 class _Best:
-    """The best rows for one query so far; on equal scores, those that came first."""
+    """The best rows for one query so far; of equal scores, the earlier rows."""
 
     def __init__(self, top_k: int, *, keep: bool = False) -> None:
         self.top_k = top_k
         self.scores = np.empty(0, dtype=np.float32)
         self.indices = np.empty(0, dtype=np.int64)
-        self.rows: np.ndarray | None = None  # of a binary search that looks at them again
+        self.rows: np.ndarray | None = None  # their bits, for a binary search that sorts them again
         self._keep = keep
 
     def add(self, scores: np.ndarray, first: int, rows: np.ndarray | None = None) -> None:
-        """Take in the scores of the rows that follow, which begin with row `first`."""
+        """Add the scores of the next rows, which begin with row `first`."""
         new = np.arange(len(scores))
         if len(self.scores) == self.top_k:
-            # Most rows of most blocks end here. An equal score came later, and so is worse.
+            # This drops most rows of most blocks. A later row with an equal score is worse.
             new = np.flatnonzero(scores > self.scores[-1])
             if not len(new):
                 return
@@ -243,7 +245,7 @@ class _Best:
             self.rows = np.concatenate([old, rows[new]])[order]
 
     def rescore(self, query: np.ndarray, top_k: int) -> None:
-        """Sort by the dot product of the query with the bits of the rows, and cut."""
+        """Sort by the dot product of the query with the bits of the rows, and keep the best."""
         if self.rows is None:
             return
         bits = np.unpackbits(self.rows, axis=1, count=len(query))
@@ -293,10 +295,10 @@ def _matrix(vectors: Any, name: str) -> np.ndarray:
 def _rows(
     vectors: Any, name: str, score: Score, normalized: bool = True, first: int = 0
 ) -> np.ndarray:
-    """Return vectors that are ready for `_scores`, or raise what is wrong with them.
+    """Check vectors, and return them ready for `_scores`.
 
-    They are float32, and of length 1 where cosines are wanted. For distances they are float64:
-    those are small differences of large squares.
+    They are float32, and of length 1 for cosines. For distances they are float64, as distances are
+    small differences of large squares.
     """
     kind = np.float64 if score == "euclidean" else np.float32
     with np.errstate(over="ignore", invalid="ignore"):
@@ -357,7 +359,7 @@ def _scores(score: Score, a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _bits(block: Any, n_bytes: int, n_embd: int) -> np.ndarray:
-    """Return packed rows as uint8, or raise what is wrong with them."""
+    """Check packed rows, and return them as uint8."""
     rows = np.ascontiguousarray(block)
     if rows.dtype == np.int8:
         rows = rows.view(np.uint8) ^ np.uint8(128)

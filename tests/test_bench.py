@@ -85,7 +85,9 @@ def test_a_bench_is_drawn_with_a_bar_for_each_side(tmp_path):
     result = bench.run(MODEL, against=MODEL, cases=["short", "long"], **QUICK)
     report.plot(result, tmp_path / "bench.svg")
     drawn = (tmp_path / "bench.svg").read_text()
-    assert all(f"<!-- {text} -->" in drawn for text in ("short", "long", "this", "tokens a second"))
+    assert all(
+        f"<!-- {text} -->" in drawn for text in ("short", "long", "this", "tokens per second")
+    )
 
 
 def faked(rates, gemm):

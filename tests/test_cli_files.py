@@ -301,7 +301,7 @@ def test_a_row_that_has_no_text_any_more_is_refused(run, corpus, name):
     (corpus.parent / "c.npy.json").unlink(missing_ok=True)
     code, shown, err = searched(run, corpus, "--vectors", out)
     assert (code, shown) == (1, "")
-    assert f"row 0 of {out} is of another text" in err
+    assert f"row 0 of {out} has another text" in err
 
 
 def test_files_that_do_not_belong_together_are_refused(run, corpus, tmp_path, expected):
@@ -460,6 +460,6 @@ def test_tune_shows_how_far_it_is_and_the_time_left(tmp_path):
         out = process.stdout.read().decode()
     os.close(ours)
     assert process.returncode == 0
-    assert "best, and remembered" in out
+    assert "best, and saved" in out
     n = int(said.split(b" measurements", 1)[0])
     assert re.search(rb"[1-9]\d*/%d \[\d\d:\d\d<\d\d:\d\d" % n, said)  # [elapsed<left

@@ -190,7 +190,7 @@ def test_a_bert_with_a_unigram_tokenizer_gives_the_tokens_and_vectors_of_transfo
 
 def test_a_step_that_llama_cpp_does_not_have_is_refused(tmp_path):
     folder = unigram_folder(tmp_path / "hf", normalizer={"type": "Lowercase"})
-    with pytest.raises(errors.ConvertError, match="knows no step Lowercase"):
+    with pytest.raises(errors.ConvertError, match="has no step Lowercase"):
         convert(folder, tmp_path / "model.gguf")
 
 
@@ -250,7 +250,8 @@ def add_module(folder, kind):
         (lambda f: (f / "model.safetensors").write_bytes(b"broken"), "cannot read"),
         (
             lambda f: edit(f, "config.json", model_type="xlm-roberta"),
-            "knows 'bert' only. llama.cpp's own converter may take it: .*convert_hf_to_gguf.py",
+            "only 'bert' is supported. llama.cpp's own converter may support it: "
+            ".*convert_hf_to_gguf.py",
         ),
         (
             lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
@@ -274,14 +275,14 @@ def add_module(folder, kind):
         ),
         (
             lambda f: edit_tokenizer(f, model={"vocab": [["a", "x"]]}),
-            "no list of tokens and scores",
+            "not a list of tokens and scores",
         ),
         (lambda f: edit_tokenizer(f, model={"vocab": {"a": "0"}}), "tokens without an id"),
         (
             lambda f: edit_tokenizer(f, model={"vocab": [["a", 0]], "byte_fallback": True}),
             "byte_fallback",
         ),
-        (lambda f: (f / "config.json").write_text("[]"), "holds no JSON object"),
+        (lambda f: (f / "config.json").write_text("[]"), "does not hold a JSON object"),
         (lambda f: edit(f, "config.json", num_hidden_layers=None), "must give num_hidden_layers"),
         (lambda f: edit(f, "config.json", hidden_size="32"), "hidden_size, .* not '32'"),
         (lambda f: edit(f, "config.json", layer_norm_eps="x"), "layer_norm_eps"),
@@ -305,8 +306,8 @@ def add_module(folder, kind):
             "mean, cls and last-token pooling are supported",
         ),
         (lambda f: (f / "1_Pooling" / "config.json").unlink(), "1_Pooling lacks config.json"),
-        (lambda f: (f / "modules.json").write_text('"x"'), "holds no list of modules"),
-        (lambda f: (f / "modules.json").write_text("[{}]"), "holds no list of modules"),
+        (lambda f: (f / "modules.json").write_text('"x"'), "does not hold a list of modules"),
+        (lambda f: (f / "modules.json").write_text("[{}]"), "does not hold a list of modules"),
     ],
 )
 def test_a_folder_that_cannot_be_converted_says_why_and_leaves_nothing(

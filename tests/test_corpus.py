@@ -266,7 +266,7 @@ def test_sources_and_arguments_that_make_no_sense_are_refused(tiny, tmp_path):
         embed_corpus(ROWS, tmp_path / "out", tiny, format="pdf")
     with pytest.raises(InputError, match="keep: the shards have a column row of their own"):
         embed_corpus(ROWS, tmp_path / "out", tiny, keep=["row"])
-    with pytest.raises(InputError, match=r"known are files that end in \.duckdb, "):
+    with pytest.raises(InputError, match=r"its name must end in one of \.duckdb, "):
         embed_corpus(ROWS, tmp_path / "out", tiny, export="rows.sqlite")
     with pytest.raises(InputError, match="this one is loaded"):
         embed_corpus(ROWS, tmp_path / "out", tiny, devices=["CPU"])
@@ -389,13 +389,13 @@ def test_ctrl_c_in_a_shell_keeps_what_is_done_and_says_how_to_go_on(tiny, tmp_pa
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
-    assert "start the same command again to go on" in said
+    assert "run the same command again to resume" in said
     n_done = len(table_of(folder))
     assert 0 < n_done < 8_000
     with cli(source, folder) as process:
         _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
-    assert f"{n_done} from before" in said
+    assert f"{n_done} from earlier runs" in said
     assert table_of(folder).column("id").to_pylist() == [row["id"] for row in rows]
 
 
@@ -411,7 +411,7 @@ def test_a_disk_that_fills_stops_the_job_where_it_can_go_on(tiny, expected, tmp_
     ) as process:
         _, said = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert "0 rows are finished, start again to go on" in said
+    assert "0 rows are finished, start again to resume" in said
     assert sorted(path.name for path in folder.iterdir()) == [".lock", "manifest.json"]
     with cli(source, folder) as process:
         _, said = process.communicate(timeout=120)

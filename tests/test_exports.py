@@ -65,9 +65,9 @@ def test_an_export_is_made_once_and_replaces_nothing_of_others(tiny, tmp_path):
     pytest.importorskip("usearch", reason="the extra `indexes` is not installed")
     target = tmp_path / "rows.usearch"
     target.write_bytes(b"precious")
-    with pytest.raises(CorpusError, match="is there already"):
+    with pytest.raises(CorpusError, match="exists already"):
         embed(tiny, tmp_path / "out", target)
-    with pytest.raises(CorpusError, match="is there already"):
+    with pytest.raises(CorpusError, match="exists already"):
         embed(tiny, tmp_path / "out", target, overwrite=True)
     assert target.read_bytes() == b"precious"
     target.unlink()

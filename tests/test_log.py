@@ -10,8 +10,7 @@ from collections.abc import Iterator
 import pytest
 from helpers import gguf_path, python
 
-from llamacrab import Llama, Model, errors
-from llamacrab import _diagnostics as doubts
+from llamacrab import Llama, Model, _diagnostics, errors
 
 
 @contextlib.contextmanager
@@ -189,9 +188,9 @@ def test_one_thread_s_errors_are_not_in_another_s_exception(tmp_path):
 
 
 def test_a_build_for_gpus_says_once_that_there_is_none(caplog, monkeypatch):
-    monkeypatch.setattr(doubts, "has_gpu", lambda: False)
-    monkeypatch.setattr(doubts, "compiled_in", lambda *backends: [*backends][:1])
-    doubts.log_missing_gpu.cache_clear()
+    monkeypatch.setattr(_diagnostics, "has_gpu", lambda: False)
+    monkeypatch.setattr(_diagnostics, "compiled_in", lambda *backends: [*backends][:1])
+    _diagnostics.log_missing_gpu.cache_clear()
     with (
         Llama(gguf_path("tiny-bert"), n_gpu_layers=0),
         Llama(gguf_path("tiny-bert"), devices=["CPU"]),
@@ -201,6 +200,6 @@ def test_a_build_for_gpus_says_once_that_there_is_none(caplog, monkeypatch):
         Llama(gguf_path("tiny-bert")).close()
     said = [one.getMessage() for one in caplog.records if "GPU" in one.getMessage()]
     assert said == [
-        "this build is for CUDA, but llama.cpp finds no such GPU here: the CPU computes"
+        "this build is for CUDA, but llama.cpp finds no such GPU here: the model runs on the CPU"
     ]
-    doubts.log_missing_gpu.cache_clear()
+    _diagnostics.log_missing_gpu.cache_clear()

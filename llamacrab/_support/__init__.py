@@ -1,1 +1,1 @@
-"""What every part may use: files, packages, the machine, versions."""
+"""Helpers for all parts: files, optional packages, the machine, versions."""

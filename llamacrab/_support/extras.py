@@ -1,4 +1,4 @@
-"""Import an optional package when it is needed, and say what to install when it is not there."""
+"""Import an optional package when it is needed, or say what to install."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def require(package: str, *, extra: str) -> ModuleType:
     Raises
     ------
     MissingExtraError
-        It is not installed; the message names the extra that brings it.
+        The package is not installed; the message names the extra to install.
     """
     try:
         return importlib.import_module(package)

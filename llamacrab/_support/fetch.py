@@ -1,7 +1,7 @@
-"""Fetch one pinned file from the package index that pip is set up with, by name.
+"""Fetch one pinned file with pip, from the package index that pip is configured to use.
 
 Used twice: by the build, for the source of llama.cpp, and at run time, for the default model. It
-imports the standard library alone, because the build loads it by its path, before llamacrab exists.
+imports only the standard library, because the build loads it by its path, before llamacrab exists.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pathlib import Path
 
 
 class FetchError(RuntimeError):
-    """A pinned file could not be had; the message is one line that says why."""
+    """A pinned file could not be fetched; the message is one line that says why."""
 
 
 def cache_dir() -> Path:
-    """Return the folder for what can be made again: ``$LLAMACRAB_CACHE``, else the user's cache."""
+    """Return the cache folder: ``$LLAMACRAB_CACHE``, or a folder in the user's cache."""
     if given := os.environ.get("LLAMACRAB_CACHE"):
         return Path(given)
     if sys.platform == "darwin":
@@ -41,18 +41,18 @@ def sha256_of(path: Path) -> str:
 
 
 def fetch(name: str, version: str, sha256: str, kind: str, directory: Path) -> Path:
-    """Return the path of a distribution file of ``name==version``, downloading it if need be.
+    """Return the path of a distribution file of ``name==version``, downloading it if necessary.
 
     Parameters
     ----------
     name, version : str
         The project and its exact version, as pip knows them.
     sha256 : str
-        What the file must hash to. A file that does not is never left in `directory`.
+        The hash of the file. A file with another hash is never left in `directory`.
     kind : {"sdist", "wheel"}
         Which distribution to take.
     directory : Path
-        Where the file is kept. Files appear there whole or not at all, so processes may race.
+        Where the file is kept. Only complete files appear there, so processes may race.
 
     Raises
     ------

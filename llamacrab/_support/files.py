@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and hashes that name what is in them."""
+"""Write files atomically, and hash their content."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ __all__ = [
     "write_whole",
 ]
 
-# More threads than this do not read a disk faster.
+# More threads do not read a disk faster.
 READERS_MAX = 8
-# Hashes that are remembered.
+# Number of hashes in the cache.
 REMEMBERED_MAX = 256
-# A file that was written so short a time ago, in ns, may change again with the same time.
+# A file that was written less than this many ns ago may change again without a new time stamp.
 FRESH = 2_000_000_000
-# Parts of a GGUF that was split, as llama.cpp names them.
+# Parts of a split GGUF, as llama.cpp names them.
 PART = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
 
 
@@ -48,7 +48,7 @@ PART = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
 
 
 def temporary(path: Path) -> Path:
-    """Make an empty file to write to before it gets the name `path`; no other has its name."""
+    """Make an empty file with a unique name, to write to before it is renamed to `path`."""
     prefix = f".{path.name.lstrip('.')}."
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=".tmp")
     os.close(handle)
@@ -60,7 +60,7 @@ def temporary(path: Path) -> Path:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that after a crash it is the old one or the new one, and on the disk."""
+    """Write a file atomically and durably: after a crash it is the old file or the new one."""
     partial = temporary(path)
     try:
         partial.write_bytes(data)
@@ -71,14 +71,14 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def settle(partial: Path, whole: Path) -> None:
-    """Have a file reach the disk, and give it its name."""
+    """Sync a file to the disk, and rename it."""
     _sync(partial)
     partial.replace(whole)
     sync_folder(whole.parent)
 
 
 def sync_tree(path: Path) -> None:
-    """Have a file, or a folder with all that is in it, reach the disk."""
+    """Sync a file, or a folder with all its files, to the disk."""
     if path.is_dir():
         for inner in path.iterdir():
             sync_tree(inner)
@@ -88,7 +88,7 @@ def sync_tree(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder reach the disk, where the system can be told to."""
+    """Sync the file names of a folder to the disk, on systems that can do that."""
     if os.name == "posix":
         _sync(folder, os.O_RDONLY)
 
@@ -107,7 +107,7 @@ def _sync(path: Path, flags: int = os.O_RDWR) -> None:
 def content_hash(path: Path, stop: threading.Event | None = None) -> str:
     """Return the XXH3 hash of a whole file, in 128 bits (extra ``corpus``).
 
-    It tells files apart that were changed by accident. It is not made against forgery.
+    It detects accidental changes, not forgery.
 
     Raises
     ------
@@ -126,22 +126,22 @@ def content_hash(path: Path, stop: threading.Event | None = None) -> str:
 
 
 def content_hashes(paths: Sequence[Path], stop: threading.Event | None = None) -> list[str]:
-    """Return the hashes of whole files, several of which are read at the same time."""
+    """Return the hashes of whole files, reading several at the same time."""
     return in_parallel(lambda path: content_hash(path, stop), paths)
 
 
 def in_parallel(function: Callable[[Path], T], paths: Sequence[Path]) -> list[T]:
-    """Return what a function that hashes says of each file."""
+    """Return the result of a function that hashes, for each file."""
     n_readers = max(1, min(len(paths), READERS_MAX, os.cpu_count() or 1))
     with ThreadPoolExecutor(n_readers, "llamacrab-hash") as pool:
         return list(pool.map(function, paths))
 
 
 def model_hashes(path: Path, stop: threading.Event | None = None) -> list[str]:
-    """Return the hashes of a model's file, or of its files where it is split.
+    """Return the hash of a model's file, or the hashes of all parts if it is split.
 
-    A file whose path, size, time of change and inode are those of an earlier call is not read
-    again: its hash is remembered in the user's cache.
+    Hashes are kept in the user's cache. A file is not read again if its path, size, modification
+    time and inode are those of an earlier call.
     """
     files = _parts(path.resolve())
     stamps = {str(file): _stamp(file) for file in files}
@@ -176,12 +176,17 @@ def _remembered() -> dict[str, list[Any]]:
     try:
         held = json.loads(_memory().read_text(encoding="utf-8"))
         return {name: [*stamp, value] for name, (*stamp, value) in held.items()}
-    except (OSError, ValueError, TypeError, AttributeError):  # none yet, or of another kind
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ):  # no cache yet, or another format
         return {}
 
 
 def _remember(found: dict[str, list[Any]]) -> None:
-    """Keep hashes of files that are not being written; a cache that is read-only is no error."""
+    """Cache hashes of files that are not being written; a read-only cache is no error."""
     now = time.time_ns()
     kept = {name: held for name, held in found.items() if abs(now - held[1]) > FRESH}
     if not kept:

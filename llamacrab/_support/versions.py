@@ -1,4 +1,4 @@
-"""What is installed, what it was built with, and what this machine has."""
+"""Installed versions, build options, and the features of this machine."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ GPU_BACKENDS = ("CUDA", "METAL", "VULKAN")
 
 
 def check_abi() -> None:
-    """Refuse a libllama of another version than the headers that we were compiled with.
+    """Raise if libllama has another version than the headers that llamacrab was compiled with.
 
     llama.h passes its parameter structs by value: a mismatch would corrupt memory silently. Only a
-    system library (``-Dsystem-llama=true``) can come to differ.
+    system library (``-Dsystem-llama=true``) can differ.
 
     Raises
     ------
@@ -40,13 +40,13 @@ def _options(info: dict[str, str]) -> dict[str, str]:
 
 
 def compiled_in(*backends: str) -> list[str]:
-    """Return which of these backends of ggml this build has."""
+    """Return which of these ggml backends this build has."""
     options = _options(_core.build_info())
     return [name for name in backends if _on(options, name)]
 
 
 def show_versions() -> None:
-    """Print what a bug report needs."""
+    """Print versions and build options, for a bug report."""
     info = _core.build_info()
     options = _options(info)
     rows = {

@@ -1,5 +1,5 @@
-"""How fast a model is embedded here, and whether it has got slower: ``llamacrab bench``.
+"""``llamacrab bench``: measure the speed of a model on this machine, and find regressions.
 
 `run` measures in worker processes (`worker`, which runs `cases` on `workloads`), `statistics`
-compares, `report` shows. Nothing here is imported unless a bench is run.
+compares, `report` shows results. This package is only imported to run a benchmark.
 """

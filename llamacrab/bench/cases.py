@@ -1,4 +1,4 @@
-"""What is measured of a model: each case does a piece of work once, and says how long it took."""
+"""The cases of a benchmark: each does a piece of work once, and returns how long it took."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Sample:
     Attributes
     ----------
     seconds : float
-        What it took.
+        The duration.
     n, n_tokens : int
-        Texts (pairs, loads) and tokens.
+        Number of texts (or pairs, or loads), and of tokens.
     latencies : list of float
-        Seconds of single calls, where the case is made of them.
+        Seconds per call, if the case makes single calls.
     """
 
     seconds: float
@@ -40,22 +40,22 @@ class Sample:
 
 
 class Cases:
-    """A model, loaded, and the work to do with it.
+    """A loaded model, and the cases to run with it.
 
     Parameters
     ----------
     path : str or None
         The GGUF; by default all-MiniLM-L6-v2.
     seconds : float
-        About how long a run of a case should take; it sets how many texts there are.
-    **how
-        What `Llama` is made with.
+        Approximate duration of a run of a case; the number of texts depends on it.
+    **llama_kwargs
+        Keywords of `Llama`.
     """
 
-    def __init__(self, path: str | None, *, seconds: float, **how: Any) -> None:
+    def __init__(self, path: str | None, *, seconds: float, **llama_kwargs: Any) -> None:
         self._path = path
-        self._how = how
-        self.llama = Llama(path, **how)
+        self._llama_kwargs = llama_kwargs
+        self.llama = Llama(path, **llama_kwargs)
         self._seconds = seconds
         self._texts: dict[str, list[str]] = {}
         if self.llama.pooling_type == PoolingType.RANK:
@@ -74,15 +74,15 @@ class Cases:
                 "mixed": lambda: self._bulk("mixed"),
                 "long": lambda: self._bulk("long"),
             }
-            # The first large job of a model tries sizes of packs: that is not what is measured.
+            # The first large job of a model is a calibration: do not measure it.
             self.llama.embed_texts(workloads.short(4 * CALIBRATION_TEXTS), options=OPTIONS)
 
     def run(self, name: str) -> Sample:
-        """Do a case's work once."""
+        """Run a case once."""
         return self.by_name[name]()
 
     def _sized(self, name: str, make: Callable[[int], list[str]], work: Callable[..., Any]) -> Any:
-        """Return texts that keep `work` busy for about as long as was asked for."""
+        """Return as many texts as `work` needs for about the wanted duration."""
         if name not in self._texts:
             n = 16
             while True:
@@ -108,7 +108,7 @@ class Cases:
 
     def _load(self) -> Sample:
         start = time.perf_counter()
-        with Llama(self._path, **self._how):
+        with Llama(self._path, **self._llama_kwargs):
             return Sample(time.perf_counter() - start, 1)
 
     def _tokenize(self) -> Sample:

@@ -1,4 +1,4 @@
-"""A result as a table, and as a plot."""
+"""Show a result as a table or as a plot."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llamacrab.bench.statistics import Ratio
 
 
 def table(result: dict[str, Any], ratios: dict[str, Ratio] | None = None) -> str:
-    """Return lines of text: what was measured, and on what."""
+    """Return a table of the results, and of the machine and models they were measured on."""
     lines = [
         f"{result['machine']['cpu']}, {result['machine']['cpus']} CPUs; {result['texts']}",
     ]
@@ -23,7 +23,7 @@ def table(result: dict[str, Any], ratios: dict[str, Ratio] | None = None) -> str
             f"{side['label']}: {about['model']}",
             f"{about['desc']}; {layout['n_contexts']} x {layout['n_threads']} threads, packs of "
             f"{layout['pack_tokens']} tokens; peak memory {rss}",
-            f"{'':10} {'a second':>10} {'from':>10} {'to':>10} {'tokens/s':>10} {'of GEMM':>8} "
+            f"{'':10} {'per s':>10} {'from':>10} {'to':>10} {'tokens/s':>10} {'of GEMM':>8} "
             f"{'p50 ms':>8} {'p95 ms':>8} {'p99 ms':>8}",
         ]
         lines += [_row(name, case) for name, case in side["cases"].items()]
@@ -47,7 +47,7 @@ def _row(name: str, case: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Draw tokens a second of every case, a bar for each side (extra ``plot``)."""
+    """Plot tokens per second of every case, one bar per side (extra ``plot``)."""
     matplotlib = require("matplotlib", extra="plot")
     matplotlib.use("agg")
     figure, axes = require("matplotlib.pyplot", extra="plot").subplots(figsize=(7, 4))
@@ -61,7 +61,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axes.barh(places, rates, height, label=side["label"])
     axes.set_yticks([i + 0.4 - height / 2 for i in range(len(names))], names)
     axes.invert_yaxis()
-    axes.set(xlabel="tokens a second", title=Path(sides[0]["about"]["model"]).name)
+    axes.set(xlabel="tokens per second", title=Path(sides[0]["about"]["model"]).name)
     if len(sides) > 1:
         axes.legend(fontsize="small")
     figure.tight_layout()

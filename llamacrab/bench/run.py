@@ -1,4 +1,4 @@
-"""Measure one model, or two sides in turn: two models, or two builds of llamacrab."""
+"""Measure one model, or two sides alternately: two models, or two builds of llamacrab."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from llamacrab.bench import statistics, workloads
 from llamacrab.errors import BenchError, InputError
 
 VERSION = 1
-# Rows and columns of the product that tells how fast the machine is just now.
+# Rows and columns of the matrix product that measures the current speed of the machine.
 REFERENCE = 768
-# How often what looks slower must look so again.
+# How often a slower case must be slower again.
 CONFIRMATIONS = 2
 
 
 def ask(worker: subprocess.Popen[str], command: dict[str, Any]) -> dict[str, Any]:
-    """Send a worker a line of JSON, and return the one it answers; its key "error" if it ended."""
+    """Send a worker a line of JSON, and return its answer, with the key "error" if it ended."""
     assert worker.stdin is not None
     assert worker.stdout is not None
     try:
@@ -47,30 +47,33 @@ class Side:
     Parameters
     ----------
     label : str
-        What to call it.
+        Name of the side.
     python : str
-        The interpreter whose llamacrab is measured.
+        The Python interpreter whose llamacrab is measured.
     model : str or None
         The GGUF.
     seconds : float
-        About how long a run of a case takes.
-    **how
-        What `Llama` is made with.
+        Approximate duration of a run of a case.
+    **llama_kwargs
+        Keywords of `Llama`.
     """
 
-    def __init__(self, label: str, python: str, model: str | None, seconds: float, **how: Any):
+    def __init__(
+        self, label: str, python: str, model: str | None, seconds: float, **llama_kwargs: Any
+    ):
         self.label = label
-        self._look = min(0.1, seconds)
+        self._reference_seconds = min(0.1, seconds)
         self._process = subprocess.Popen(
             [python, "-m", "llamacrab.bench.worker"],
-            # Not from here, where a checkout of the sources could be mistaken for the package.
+            # Do not import llamacrab from the current folder, which may be a source checkout.
             env={**os.environ, "PYTHONSAFEPATH": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
         model = None if model is None else str(Path(model).absolute())
-        self.about = self._ask({"model": model, "seconds": seconds, "how": how})
+        # The key "how" is part of the protocol: the other side may be an older build.
+        self.about = self._ask({"model": model, "seconds": seconds, "how": llama_kwargs})
         self.samples: dict[str, list[dict[str, Any]]] = {name: [] for name in self.about["cases"]}
 
     def _ask(self, command: dict[str, Any]) -> dict[str, Any]:
@@ -80,10 +83,10 @@ class Side:
         return answer
 
     def measure(self, case: str) -> None:
-        """Run a case once, between two looks at how fast the machine is."""
-        before = reference(self._look)
+        """Run a case once, and measure the speed of the machine before and after it."""
+        before = reference(self._reference_seconds)
         sample = self._ask({"case": case})
-        sample["gemm"] = (before + reference(self._look)) / 2
+        sample["gemm"] = (before + reference(self._reference_seconds)) / 2
         self.samples[case].append(sample)
 
     def close(self) -> None:
@@ -91,7 +94,7 @@ class Side:
         self._process.communicate()
 
     def result(self) -> dict[str, Any]:
-        """Return all that was measured."""
+        """Return all measurements."""
         return {
             "label": self.label,
             "about": self.about,
@@ -121,10 +124,10 @@ def _case(samples: list[dict[str, Any]], flops_per_token: float) -> dict[str, An
 
 
 def reference(seconds: float = 0.1) -> float:
-    """Return how many floating point operations a second a float32 matrix product of numpy's makes.
+    """Return the floating point operations per second of numpy's float32 matrix product.
 
-    With all threads of its BLAS: it stands for the machine as it is just now, with whatever else
-    runs on it.
+    It uses all threads of the BLAS, and measures the current speed of the machine, with all other
+    processes that run on it.
     """
     a = np.full((REFERENCE, REFERENCE), 0.5, dtype=np.float32)
     n, start, taken = 0, time.perf_counter(), 0.0
@@ -143,27 +146,27 @@ def run(
     rounds: int = 5,
     seconds: float = 1.0,
     report: Callable[[str], Any] = lambda line: None,
-    **how: Any,
+    **llama_kwargs: Any,
 ) -> dict[str, Any]:
-    """Measure, and return what was found, ready for JSON.
+    """Run a benchmark, and return its result, ready for JSON.
 
     Parameters
     ----------
     model : path, optional
         The GGUF; by default all-MiniLM-L6-v2.
     against : path, optional
-        What to measure in turn with it: another GGUF, or the Python interpreter of an environment
-        with another build of llamacrab.
+        The other side, measured alternately: another GGUF, or the Python interpreter of an
+        environment with another build of llamacrab.
     cases : sequence of str
-        Which; by default all.
+        Names of the cases; by default all.
     rounds : int
-        How often each case is run.
+        Number of runs per case.
     seconds : float
-        About how long a run takes.
+        Approximate duration of a run.
     report : callable
-        Called with a line for every round.
-    **how
-        What `Llama` is made with.
+        Called with a line of text after every round.
+    **llama_kwargs
+        Keywords of `Llama`.
 
     Raises
     ------
@@ -176,13 +179,13 @@ def run(
     specs = [("this", sys.executable, model)]
     if against is not None:
         other = os.fspath(against)
-        # Not resolved: the python of a virtual environment is a link out of it.
+        # Do not resolve links: the python of a virtual environment is a link to one outside it.
         is_model = other.lower().endswith(".gguf")
         specs.append((other, sys.executable if is_model else other, other if is_model else model))
     sides: list[Side] = []
     try:
         for label, python, path in specs:
-            sides.append(Side(label, python, path, seconds, **how))
+            sides.append(Side(label, python, path, seconds, **llama_kwargs))
         common = [name for name in sides[0].samples if name in sides[-1].samples]
         unknown = set(cases) - set(common)
         if unknown:
@@ -192,7 +195,7 @@ def run(
             for name in chosen:
                 for side in sides if i % 2 else sides[::-1]:
                     side.measure(name)
-            if not i:  # warm: page faults, buffers, caches, and how many texts to take
+            if not i:  # the first round warms up: page faults, buffers, caches, number of texts
                 for side in sides:
                     side.samples = {name: [] for name in side.samples}
             else:
@@ -215,14 +218,14 @@ def run(
 
 
 def compare(new: dict[str, Any], old: dict[str, Any] | None) -> dict[str, statistics.Ratio]:
-    """Return for each case the rate of `new` over that of `old`.
+    """Return for each case the rate of `new` divided by the rate of `old`.
 
-    Without `old`, that of its first side over that of its second.
+    Without `old`, return the rate of the first side divided by that of the second side.
 
-    Two sides of one run were taken in turn, and are compared round by round. An older result was
-    taken at another time, when the machine may have been slower or faster: the rates are compared
-    as they are, and relative to how fast the machine was around each of them, and what speaks for
-    the new result is returned. So only what is slower both ways is called slower.
+    Two sides of one run were measured alternately, and are compared round by round. An older result
+    was measured at another time, when the machine may have been slower or faster. So the rates are
+    compared twice, directly and relative to the speed of the machine at the time of each run, and
+    the larger ratio is returned: a case is slower only if it is slower in both comparisons.
 
     Raises
     ------
@@ -260,10 +263,10 @@ def slower(
     bound: float,
     again: Callable[[list[str]], dict[str, statistics.Ratio]],
 ) -> dict[str, statistics.Ratio]:
-    """Return the cases that are surely slower than `bound`, each time that one looks.
+    """Return the cases that are certainly slower than `bound`, in every measurement.
 
-    Noise of a busy machine comes in spells, which a few rounds may all fall into. So what looks
-    slower is measured twice more, by `again`, in new processes, and must look so each time.
+    Noise of a busy machine may last for several rounds. So a slower case is measured twice more, by
+    `again`, in new processes, and must be slower each time.
     """
     found = {name: ratio for name, ratio in ratios.items() if ratio.is_below(bound)}
     for _ in range(CONFIRMATIONS):

@@ -1,4 +1,4 @@
-"""From samples to a figure and how sure it is: medians, percentiles, bootstrap intervals."""
+"""Medians and percentiles of samples, with bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ DRAWS = 4000
 
 @dataclass(frozen=True)
 class Ratio:
-    """A over B, and the interval that holds it in 95 of 100 cases."""
+    """A divided by B, with its 95 % interval."""
 
     value: float
     low: float
     high: float
 
     def is_below(self, bound: float) -> bool:
-        """Whether it is surely below `bound`: the whole interval is."""
+        """Whether the whole interval is below `bound`."""
         return self.high < bound
 
 
 def paired(a: npt.ArrayLike, b: npt.ArrayLike) -> Ratio:
-    """Return the ratio of rates that were taken in turn: the median of the rounds' ratios.
+    """Return the ratio of rates that were measured alternately: the median of the rounds' ratios.
 
     The interval is a percentile bootstrap over rounds (Efron and Tibshirani, An Introduction to the
     Bootstrap, 1993, chapter 13).
@@ -39,7 +39,7 @@ def paired(a: npt.ArrayLike, b: npt.ArrayLike) -> Ratio:
 
 
 def unpaired(a: npt.ArrayLike, b: npt.ArrayLike) -> Ratio:
-    """Return the ratio of the medians of rates that were taken at different times."""
+    """Return the ratio of the medians of rates that were measured at different times."""
     rng = np.random.default_rng(0)
     value, drawn = 0.0, np.zeros(DRAWS)
     for sign, rates in ((1, a), (-1, b)):

@@ -1,6 +1,6 @@
-"""A process that runs cases on demand: a line of JSON in, a line of JSON out.
+"""A process that runs cases on demand: it reads and answers lines of JSON.
 
-Two of them, of different builds or with different models, can so be measured in turn.
+So two workers, with different builds or models, can be measured alternately.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from llamacrab.bench.cases import Cases
 
 
 def main() -> None:
-    """Serve commands until standard input ends; the first one says what to load."""
+    """Answer commands until standard input ends. The first command says which model to load."""
     answers, sys.stdout = sys.stdout, sys.stderr
     cases: Cases | None = None
     for line in sys.stdin:
@@ -41,7 +41,7 @@ def _about(cases: Cases) -> dict[str, Any]:
         "cases": list(cases.by_name),
         "model": model.path,
         "desc": model.desc,
-        # Products a token costs, the look-up of its embedding left out.
+        # Operations per token, without the look-up of its embedding.
         "flops_per_token": 2 * max(0, model.n_params - n_table),
         "layout": {
             "n_contexts": llama.layout.n_contexts,
@@ -58,7 +58,7 @@ def _about(cases: Cases) -> dict[str, Any]:
 
 
 def _peak_rss() -> int | None:
-    """Return the most memory that this process has held, in bytes; None where nobody tells."""
+    """Return the peak memory of this process in bytes, or None if the system does not say."""
     try:
         import resource
     except ImportError:  # no POSIX

@@ -1,7 +1,7 @@
-"""Texts to measure with: WordNet's glosses where they are installed, else sentences made up here.
+"""Texts to measure with: WordNet's glosses if they are installed, else made-up sentences.
 
-Debian has them as the package ``wordnet-base``. The made-up sentences are always the same, but
-plain: figures of the two are not comparable, and a report says which it used.
+The glosses are in Debian's package ``wordnet-base``. The made-up sentences are always the same, but
+simple. Results with the two are not comparable; a report says which texts it used.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def mixed(n: int) -> list[str]:
 
 
 def long(n: int, n_words: int = 380) -> list[str]:
-    """Return `n` texts of so many words."""
+    """Return `n` texts of `n_words` words each."""
     return _of_words(itertools.repeat(n_words, n))
 
 

@@ -1,4 +1,4 @@
-"""The command line."""
+"""The command line: a module per command, or per group of similar commands."""
 
 from llamacrab.cli.app import main, run
 

@@ -1,7 +1,7 @@
-"""Bulk jobs: a corpus in, its vectors out, stopped at any moment and resumed without loss.
+"""Jobs: embed a corpus into files. A job can be interrupted at any time and resumed.
 
-Data flows one way: `sources` give rows in order, `job` has them embedded, `shards` writes them, and
-`manifest` remembers what is finished; `exports` makes a database or an index of the shards.
+Data flows one way: `sources` give rows in order, `job` embeds them, `shards` writes them, and
+`manifest` records what is finished; `exports` makes a database or an index of the shards.
 """
 
 from llamacrab.corpus.job import Summary, embed_corpus

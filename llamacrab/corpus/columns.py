@@ -1,4 +1,4 @@
-"""The columns that go along with the vectors: one type each, over all rows of a job."""
+"""The kept columns of a source: each has one type in all rows of a job."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ EXACT = 2**53
 
 
 class Columns:
-    """Gives every column one type, which grows with the values: int64 to float64, null to any.
+    """Gives every column one type, which widens with the values: int64 to float64, null to any.
 
-    A source is read from its first row each time, so the types do not depend on where a job was
-    stopped.
+    A source is always read from its first row, so the types do not depend on where a job was
+    interrupted.
 
     Parameters
     ----------
@@ -25,9 +25,9 @@ class Columns:
     Attributes
     ----------
     types : dict of str to pyarrow.DataType
-        What they are so far.
+        The types so far.
     widened : bool
-        Whether a type has changed on the way, so that earlier shards may have another one.
+        Whether a type has changed, so that earlier shards may have another one.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -40,9 +40,9 @@ class Columns:
         self.widened = False
 
     def take(self, rows: Any) -> tuple[Any, dict[int, str]]:
-        """Return the columns of a table or of a list of dicts, and what is wrong with which rows.
+        """Return the columns of a table or of a list of dicts, and the errors by row.
 
-        A value that does not fit is null. Where there are no columns, None stands for the table.
+        A value that does not fit becomes null. Without columns, None stands for the table.
         """
         if not self._names:
             return None, {}
@@ -88,7 +88,7 @@ class Columns:
         return self.types.get(name, self._pa.null())
 
     def _fitted(self, name: str, values: Any) -> Any:
-        """Return values in the type of their column, which may grow for it; raise if it cannot."""
+        """Return values in the type of their column, which may widen; raise if they do not fit."""
         pa, known = self._pa, self._known(name)
         schemas = [pa.schema([(name, one)]) for one in (known, values.type)]
         grown = pa.unify_schemas(schemas, promote_options="permissive").field(0).type

@@ -1,7 +1,7 @@
-"""A finished job's shards as one database or index.
+"""Export the shards of a finished job to one database or index.
 
-It is made from the shards, under another name, and renamed at the end: killed on the way, it is
-made again, and what is there is whole.
+It is written under a temporary name and renamed at the end, so it is always complete. An export
+that was interrupted is made again.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ USEARCH_TYPES = {"float32": "f32", "float16": "f16", "ubinary": "b1"}
 
 
 def check(path: Path, *, format: str, dtype: str) -> None:
-    """Refuse, before any work is done, what could not be exported at its end.
+    """Raise, before any work is done, if an export is not possible.
 
     Raises
     ------
     InputError
-        The kind of file is not known, or does not go with the format or dtype.
+        The kind of file is not known, or does not support the format or dtype.
     MissingExtraError
         A package is not installed.
     """
     if path.suffix not in _WRITERS:
         raise InputError(
-            f"cannot export to {path}: known are files that end in {', '.join(_WRITERS)}"
+            f"cannot export to {path}: its name must end in one of {', '.join(_WRITERS)}"
         )
     if format not in ("parquet", "arrow"):
         raise InputError(f"shards in {format} cannot be exported; take format='parquet'")
@@ -51,18 +51,18 @@ def check(path: Path, *, format: str, dtype: str) -> None:
 
 
 def write(folder: Path, files: list[str], path: Path) -> None:
-    """Export the rows of these shards to `path`, in place of what is there."""
+    """Export the rows of these shards to `path`, and replace an earlier export."""
     pa_dataset = require("pyarrow.dataset", extra="corpus")
     kind = "ipc" if files and files[0].endswith(shards.FORMATS["arrow"]) else "parquet"
     rows = pa_dataset.dataset([folder / name for name in files], format=kind)
-    # The same for every run of this job, so that a killed one leaves nothing, and for no other job.
+    # One temporary name per job: the next run of the job removes the file of a killed run.
     owner = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
     partial = path.with_name(f".{path.name}.{owner}.tmp{path.suffix}")
     _remove(partial)
     try:
         _WRITERS[path.suffix][1](rows, partial)
         sync_tree(partial)
-        if partial.is_dir() or path.is_dir():  # a folder takes the place of no other one
+        if partial.is_dir() or path.is_dir():  # a folder cannot replace another one
             _remove(path)
         partial.replace(path)
         sync_folder(path.parent)
@@ -98,7 +98,7 @@ def _write_usearch(rows: Any, path: Path) -> None:
             index = _usearch_index(width, array.dtype)
         index.add(batch.column(shards.ROW).to_numpy(), array)
     if index is None:
-        raise CorpusError("there is no row to make an index of")
+        raise CorpusError("there are no rows to make an index of")
     index.save(str(path))
 
 

@@ -1,7 +1,7 @@
-"""Files of texts: which there are, of what kind, and the rows of those that are read line by line.
+"""Files of texts: find them, tell their kind, and read the rows of those that are not tables.
 
-Lines, JSON lines and comma-separated values need the standard library alone, gzip and bzip2 too.
-Tables and Zstandard need pyarrow.
+Lines, JSON lines and comma-separated values need only the standard library, also with gzip or
+bzip2. Tables and Zstandard need pyarrow.
 """
 
 from __future__ import annotations
@@ -43,29 +43,29 @@ PACKED = (".gz", ".zst", ".bz2")
 
 @dataclass(frozen=True)
 class Wrong:
-    """Stands for a row that cannot be read."""
+    """Stands for a row that cannot be read, with the reason."""
 
     reason: str
 
 
 def find(data: Any, kind: str | None = None) -> list[Path] | None:
-    """Return the files that a source names, in order; None where it names no file.
+    """Return the files that a source names, in order, or None if it names no file.
 
     Parameters
     ----------
     data : path, glob, list of Path, or anything else
         The source.
     kind : str, optional
-        What the files hold, one of `KINDS`, whatever their names say.
+        What the files hold, one of `KINDS`; by default what their names say.
 
     Raises
     ------
     CorpusError
-        A file is not there, or of a kind that is not known.
+        A file does not exist, or its kind is not known.
     """
     if isinstance(data, (str, Path)):
-        # A name that is there is no pattern, even if it has brackets. A pattern may be absolute,
-        # which Path.glob takes no more.
+        # The name of a file that exists is not a pattern, even with brackets. A pattern may be
+        # absolute, which Path.glob does not support.
         there = Path(data).exists()
         found = [str(data)] if there else sorted(glob.glob(str(data))) or [str(data)]  # noqa: PTH207
     elif isinstance(data, (list, tuple)) and data and all(isinstance(one, Path) for one in data):
@@ -86,7 +86,7 @@ def find(data: Any, kind: str | None = None) -> list[Path] | None:
 
 
 def kind_of(path: Path, kind: str | None = None) -> str:
-    """Return `kind`, or else what a file is by its name."""
+    """Return `kind`, or the kind that the file name says."""
     if kind is not None:
         return kind
     suffixes = [suffix.lower() for suffix in path.suffixes]
@@ -104,7 +104,7 @@ def kind_of(path: Path, kind: str | None = None) -> str:
 
 
 def count_rows(path: Path, kind: str) -> int | None:
-    """Return the rows of a file of lines or of a table; None where it must be read for that."""
+    """Return the number of rows, or None if the whole file would have to be parsed."""
     if kind in TABLES:
         dataset = require("pyarrow.dataset", extra="corpus")
         return int(dataset.dataset(path, format=TABLES[kind]).count_rows())
@@ -119,7 +119,7 @@ def count_rows(path: Path, kind: str) -> int | None:
 
 
 def opened(path: Path) -> BinaryIO:
-    """Open a file to read what it holds, unpacked where it is compressed."""
+    """Open a file for reading; a compressed file is decompressed."""
     suffix = path.suffix.lower()
     if suffix == ".gz":
         import gzip
@@ -139,20 +139,20 @@ def opened(path: Path) -> BinaryIO:
 def rows(
     stream: BinaryIO, kind: str, name: str, *, text: str, keep: tuple[str, ...] = ()
 ) -> Iterator[str | dict[str, Any] | Wrong]:
-    """Yield what an open file holds: a str a line, or else a dict with the fields or columns.
+    """Yield the rows of an open file: one str per line, or one dict of fields or columns per row.
 
     Parameters
     ----------
     stream : binary file
-        What it holds, unpacked.
+        The content, decompressed.
     kind : {"lines", "jsonl", "csv", "tsv"}
         How to read it.
     name : str
-        Of the file, for messages.
+        Name of the file, for messages.
     text : str
-        The field or column that must hold the text; lines have none.
+        The field or column that holds the text; not used for lines.
     keep : tuple of str
-        Columns that must be there too.
+        Other columns that must exist.
 
     Yields
     ------
@@ -161,7 +161,7 @@ def rows(
     Raises
     ------
     CorpusError
-        A column is missing, or a table has no line with their names.
+        A column is missing, or there is no header with the column names.
     """
     if kind == LINES:
         yield from (line if isinstance(line, Wrong) else line[1] for line in _decoded(stream, name))
@@ -173,7 +173,7 @@ def rows(
 
 
 def refuse_missing(wanted: Iterable[str], found: list[str], name: str) -> None:
-    """Raise if a table lacks a column, and say which it has."""
+    """Raise if a table lacks a column; the message lists its columns."""
     if missing := sorted(set(wanted) - set(found)):
         raise CorpusError(
             f"{name} has no column {', '.join(missing)}; its columns are {', '.join(found)}"
@@ -181,7 +181,7 @@ def refuse_missing(wanted: Iterable[str], found: list[str], name: str) -> None:
 
 
 def complaint(value: Any) -> str | None:
-    """Return what is wrong with a value that should be a text; None where nothing is."""
+    """Return why a value is not a text, or None if it is a text."""
     if isinstance(value, Wrong):
         return value.reason
     if value is None:
@@ -190,12 +190,12 @@ def complaint(value: Any) -> str | None:
 
 
 def missing_field(row: Iterable[str], text: str) -> Wrong:
-    """Return what is wrong with a row that lacks the field with the text."""
+    """Return the error for a row without the field of the text."""
     return Wrong(f"there is no field {text!r}; its fields are {', '.join(map(str, row))}")
 
 
 def _decoded(stream: BinaryIO, name: str) -> Iterator[tuple[str, str] | Wrong]:
-    """Yield lines with the place of each, without what ends them."""
+    """Yield the place and the text of each line, without its line ending."""
     for number, line in enumerate(stream, 1):
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
@@ -220,7 +220,7 @@ def _object(place: str, line: str, text: str) -> dict[str, Any] | Wrong:
 def _parsed(line: str) -> Any:
     row = json.loads(line)
     if "\\ud" in line.lower():
-        # JSON can spell half of a surrogate pair, which no output could hold.
+        # JSON can spell half of a surrogate pair, which cannot be written to UTF-8.
         whole = json.dumps(row, ensure_ascii=False).encode("utf-16", "surrogatepass")
         row = json.loads(whole.decode("utf-16", "replace"))
     return row
@@ -230,9 +230,9 @@ def _records(
     stream: BinaryIO, delimiter: str, name: str, text: str, keep: tuple[str, ...]
 ) -> Iterator[dict[str, str] | Wrong]:
     """Yield the rows of a file of comma (or tab) separated values."""
-    # A text may be longer than the 128 KiB that are the module's default for all of a process.
+    # A text may be longer than 128 KiB, the default limit, which is process-wide.
     csv.field_size_limit(max(csv.field_size_limit(), 2**31 - 1))
-    # Bytes that are no UTF-8 become halves of surrogate pairs: a row's fault, not the file's.
+    # Bytes that are not UTF-8 become halves of surrogate pairs: the row is wrong, not the file.
     lines = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
     try:
         reader = csv.reader(lines, delimiter=delimiter)
@@ -246,10 +246,10 @@ def _records(
             except csv.Error as error:
                 yield Wrong(f"{name}, line {reader.line_num}: {error}")
                 continue
-            if values:  # an empty line is no row
+            if values:  # an empty line is not a row
                 yield _record(values, names, f"{name}, line {reader.line_num}", text)
     finally:
-        lines.detach()  # the stream is the caller's to close
+        lines.detach()  # the caller closes the stream
 
 
 def _header(reader: Any, name: str) -> list[str]:

@@ -1,8 +1,8 @@
-"""What a job is: all that its rows depend on, and how its rows are known again.
+"""The identity of a job: everything that its embeddings depend on, and a hash of its rows.
 
-Runs that are equal here may go on with each other's work. What changes only how fast rows come
-(contexts, threads, tokens per pack, rows per shard) has no place in it. Nor has flash attention:
-rows with and without it differ by less than the neighbours in a pack may change them.
+A run may continue the work of an earlier run with the same identity. Settings that change only the
+speed (contexts, threads, tokens per pack, rows per shard) are not part of it. Neither is flash
+attention: it changes embeddings by less than the other texts of a pack may.
 """
 
 from __future__ import annotations
@@ -30,37 +30,37 @@ if TYPE_CHECKING:
 
 
 def identity(
-    llama: Llama, source: Source, how: EmbedOptions, stop: threading.Event, **given: Any
+    llama: Llama, source: Source, options: EmbedOptions, stop: threading.Event, **job_options: Any
 ) -> dict[str, Any]:
-    """Return what a job is, as it stands in its manifest; reads the model's and source's files."""
-    # A row that fits is the same under every limit, unless there is something to do with others.
-    limited = how.truncate or how.chunk or given["on_error"] == "skip"
+    """Return the identity of a job for its manifest; reads all files of the model and source."""
+    # n_ctx matters only if texts that are too long are cut, split or left out.
+    limited = options.truncate or options.chunk or job_options["on_error"] == "skip"
     job = {
         "source": source.fingerprint(stop),
-        **describe(llama, how, stop),
+        **describe(llama, options, stop),
         "n_ctx": llama.n_ctx if limited else None,
         "backends": llama.backends,
         "deterministic": llama.deterministic,
-        "prompt": llama.prompts.get(how.prompt_name or ""),
-        **given,
+        "prompt": llama.prompts.get(options.prompt_name or ""),
+        **job_options,
     }
-    return dict(json.loads(json.dumps(job)))  # as it is read back
+    return dict(json.loads(json.dumps(job)))  # as it is after reading the manifest
 
 
 def describe(
-    llama: Llama, how: EmbedOptions, stop: threading.Event | None = None
+    llama: Llama, options: EmbedOptions, stop: threading.Event | None = None
 ) -> dict[str, Any]:
-    """Return what makes embeddings comparable with others, as JSON holds it."""
-    ranges = None if how.ranges is None else np.asarray(how.ranges).tolist()
+    """Return the model, pooling and options that make embeddings comparable, as JSON values."""
+    ranges = None if options.ranges is None else np.asarray(options.ranges).tolist()
     return {
         "model": model_hashes(Path(llama.model.path), stop),
         "pooling_type": llama.pooling_type.name,
-        "options": {**asdict(replace(how, ranges=None)), "ranges": ranges},
+        "options": {**asdict(replace(options, ranges=None)), "ranges": ranges},
     }
 
 
 def may_have_grown(before: Any, now: Any) -> bool:
-    """Return whether files may be the earlier ones, with more at the end."""
+    """Return whether the files may be the earlier ones with rows added at the end."""
     if not isinstance(before, list) or not isinstance(now, list) or len(now) < len(before):
         return False
     pairs = zip(before, now, strict=False)
@@ -68,7 +68,7 @@ def may_have_grown(before: Any, now: Any) -> bool:
 
 
 def difference(before: Any, now: Any) -> str:
-    """Say how the files of two sources differ."""
+    """Describe how the files of two sources differ."""
     if not isinstance(before, list) or not isinstance(now, list):
         return f"{_kind(before)} there, {_kind(now)} now"
     if len(before) != len(now):
@@ -85,10 +85,10 @@ def _kind(source: Any) -> str:
 
 
 class RowsHash:
-    """Names rows of a source by their texts and the values that go along.
+    """A hash of the texts and kept values of rows.
 
-    A row that cannot be read counts as a row without a text: the reason may be worded in another
-    way by another version of Python.
+    A row that cannot be read counts as a row without a text: the wording of the reason may differ
+    between versions of Python.
     """
 
     def __init__(self) -> None:
@@ -103,37 +103,37 @@ class RowsHash:
         self._digest.update(b"".join(records))
 
     def hexdigest(self) -> str:
-        """Return the hash of all rows so far, however they came in blocks."""
+        """Return the hash of all rows so far; it does not depend on the blocks."""
         return str(self._digest.hexdigest())
 
 
 def _record(text: str | None) -> bytes:
     if text is None:
         return b"-"
-    data = text.encode("utf-8", "surrogatepass")  # halves of pairs are refused later, as texts
+    data = text.encode("utf-8", "surrogatepass")  # halves of surrogate pairs raise later
     return b"%d %b" % (len(data), data)
 
 
 def _as_text(row: dict[str, Any]) -> str:
-    """Return values so that 1 and 1.0 are equal: a later row may have made a column float."""
+    """Return values as text, 1.0 like 1: a later row may have turned a column into floats."""
     values = [int(v) if isinstance(v, float) and v.is_integer() else v for v in row.values()]
     return json.dumps(values, default=str)
 
 
 class Finished:
-    """Compares the rows of a source with those that finished shards were made of."""
+    """Compares the rows of a source with the rows of finished shards."""
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         self._left = deque(shards)
         self._rows = RowsHash()
 
     def rest_of(self, block: Block) -> Block:
-        """Check the part of a block that is finished, and return the other part, maybe empty.
+        """Check the finished part of a block, and return the rest, which may be empty.
 
         Raises
         ------
         CorpusError
-            The rows are others.
+            The rows differ.
         """
         at = 0
         while self._left and at < len(block.texts):
@@ -145,8 +145,8 @@ class Finished:
             if block.first + at == end:
                 if self._rows.hexdigest() != shard.rows:
                     raise CorpusError(
-                        f"rows {shard.first} to {end - 1} of the source are not those that "
-                        f"{shard.name} was made of: give the same rows in the same order, or "
+                        f"rows {shard.first} to {end - 1} of the source are not the rows of "
+                        f"{shard.name}: give the same rows in the same order, or "
                         "overwrite the job"
                     )
                 self._left.popleft()
@@ -154,7 +154,7 @@ class Finished:
         return block.slice(at, len(block.texts))
 
     def end(self, n_rows: int) -> None:
-        """Raise if a source of `n_rows` rows ends before the finished part does."""
+        """Raise if a source of `n_rows` rows is shorter than the finished part."""
         if self._left:
             last = self._left[-1]
             raise CorpusError(

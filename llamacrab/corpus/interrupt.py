@@ -1,4 +1,4 @@
-"""Ctrl-C, held back but for where it does no harm."""
+"""Delay Ctrl-C until it is safe."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class Interrupt:
     """While entered, Ctrl-C raises `KeyboardInterrupt` only inside `allowed`, at its next entry,
     or on leaving.
 
-    An exception between any two steps of the bookkeeping would have a shard counted twice, or not
-    at all. So a second Ctrl-C, too, waits until the bookkeeping is over. Where the signal is not
-    Python's to handle, or not this thread's, nothing changes.
+    An exception between two steps of the bookkeeping could count a shard twice, or not at all. So a
+    second Ctrl-C also waits until the bookkeeping is done. Nothing changes in other threads than
+    the main one, or if the program has its own handler of the signal.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Interrupt:
 
     def _came(self, number: int, frame: FrameType | None) -> None:
         if self._open:
-            self._open = False  # raised once: what follows is bookkeeping again
+            self._open = False  # raise once: bookkeeping follows
             raise KeyboardInterrupt
         self._held = True
 

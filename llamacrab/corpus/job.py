@@ -1,4 +1,4 @@
-"""`embed_corpus`: from a source to a folder of shards, in bounded memory, and resumed."""
+"""`embed_corpus`: embed a source into a folder of shards, in bounded memory; resumable."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ from llamacrab.errors import CorpusError, InputError, LlamaError, NumericalError
 from llamacrab.llama import Llama
 from llamacrab.options import EmbedOptions
 
-# Blocks that are computed while earlier ones are written.
+# Number of blocks that are computed while earlier ones are written.
 AHEAD = 3
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a job came to.
+    """The result of a run of `embed_corpus`.
 
     Attributes
     ----------
     folder : Path
-        Where the shards lie.
+        The folder of the shards.
     n_rows, n_rejected : int
         Rows in all shards, and rows that were rejected.
     n_resumed : int
         Rows that earlier runs had finished.
     n_shards : int
-        Files.
+        Number of shards.
     seconds : float
-        What this run took.
+        Duration of this run.
     complete : bool
-        False after Ctrl-C: start again to go on.
+        False after Ctrl-C: call again to resume.
     """
 
     folder: Path
@@ -83,7 +83,7 @@ def embed_corpus(
     progress: bool = False,
     on_progress: Callable[[dict[str, Any]], Any] | None = None,
 ) -> Summary:
-    """Embed a corpus into a folder of files; call it again to go on where it stopped.
+    """Embed a corpus into a folder of files. Call it again to resume an interrupted job.
 
     Parameters
     ----------
@@ -93,40 +93,40 @@ def embed_corpus(
         a pandas or polars frame; or any iterable of str or dict. It must give the same rows in the
         same order when a job is resumed.
     destination : path
-        A folder, made if need be, for this job alone.
+        A folder for this job only; it is made if it does not exist.
     model : Llama, str or os.PathLike, optional
         The model, or its GGUF file; by default all-MiniLM-L6-v2.
     devices : sequence of str, optional
-        Where `model` is a file: the devices to put a copy of it on; see `Llama`.
+        If `model` is a file: the devices to put a copy of it on; see `Llama`.
     text : str
         The column or field that holds the text.
     input_format : {"lines", "jsonl", "csv", "tsv", "parquet", "arrow"}, optional
         What the files hold; by default what their names say.
     keep : sequence of str
-        Columns that go along into the shards, an id for example. Each has one type in all shards:
-        the narrowest that holds all of its values.
+        Columns to copy into the shards, for example an id. Each has one type in all shards: the
+        narrowest one that holds all its values.
     keep_text : bool
-        Put the texts into the shards too.
+        Write the texts into the shards too.
     format : {"parquet", "arrow", "npy", "jsonl"}
-        Of the shards. All but ``npy``, which holds the vectors alone, have a column ``row``, the
-        row's number in the source, and ``embedding``.
+        Format of the shards. They have the columns ``row``, the number of the row in the source,
+        and ``embedding``; ``npy`` holds only the embeddings.
     shard_rows : int
-        Rows of the source that a shard covers.
+        Rows of the source per shard.
     options : EmbedOptions, optional
-        How texts become vectors.
+        How texts become embeddings.
     on_error : {"fail", "skip"}
         What to do with a row that cannot be read or embedded, or has a value that does not fit the
-        type of its column: raise, with the shards before it kept; or leave it out, and list it with
-        the reason in ``part-*.rejects.jsonl``.
+        type of its column. "fail" raises, and keeps the shards before it; "skip" leaves the row
+        out, and lists it with the reason in ``part-*.rejects.jsonl``.
     export : path or sequence of paths
-        Files to make of the shards when all are there: a database with the table ``embeddings``
-        that ends in ``.duckdb`` or ``.lancedb``, or an index that ends in ``.usearch``, whose
-        keys are the column ``row`` (extra ``indexes``).
+        Files to make from the shards when the job is complete (extra ``indexes``): a database with
+        the table ``embeddings`` if the name ends in ``.duckdb`` or ``.lancedb``, or an index if it
+        ends in ``.usearch``, whose keys are the column ``row``.
     overwrite : bool
-        Begin again from the first row: the shards that the folder's manifest lists are removed.
+        Start again from the first row: the shards that the folder's manifest lists are removed.
     append : bool
-        Embed what was added at the end of the source since the job was complete. The rows that are
-        embedded already must be as they were; they are read, and compared.
+        Embed the rows that were added at the end of the source after the job was complete. The
+        other rows must not have changed; they are read and compared.
     progress : bool
         Show a progress bar (extra ``progress``).
     on_progress : callable, optional
@@ -139,31 +139,27 @@ def embed_corpus(
     Raises
     ------
     CorpusError
-        The folder holds another job, or another process is at work in it; the source cannot be read
-        or has changed; or a row is wrong.
+        The folder holds another job, or another process uses it; the source cannot be read, or has
+        changed; or a row is wrong.
     InputError, MissingExtraError
-        An argument makes no sense, or needs a package that is not installed.
+        An argument is wrong, or needs a package that is not installed.
     OSError
-        A file cannot be written, for example because the disk is full. What is finished stays.
+        A file cannot be written, for example because the disk is full. Finished shards stay.
     """
     began = time.monotonic()
     folder = Path(destination)
-    how = options or EmbedOptions()
-    if format not in shards.FORMATS:
-        raise InputError(f"format must be one of {', '.join(shards.FORMATS)}, not {format!r}")
-    if on_error not in ("fail", "skip"):
-        raise InputError(f"on_error must be 'fail' or 'skip', not {on_error!r}")
-    if shard_rows < 1:
-        raise InputError(f"shard_rows must be at least 1, not {shard_rows}")
-    taken = {shards.ROW, shards.VECTOR, *([shards.TEXT] if keep_text else [])} & set(keep)
-    if taken:
-        raise InputError(f"keep: the shards have a column {', '.join(sorted(taken))} of their own")
+    options = options or EmbedOptions()
     targets = [Path(one) for one in ([export] if isinstance(export, (str, PathLike)) else export)]
+    _check_arguments(
+        format=format,
+        on_error=on_error,
+        shard_rows=shard_rows,
+        keep=keep,
+        keep_text=keep_text,
+        input_format=input_format,
+    )
     for target in targets:
-        exports.check(target, format=format, dtype=how.dtype)
-    if input_format not in (None, *files.KINDS):
-        known = ", ".join(files.KINDS)
-        raise InputError(f"input_format must be one of {known}, not {input_format!r}")
+        exports.check(target, format=format, dtype=options.dtype)
     if overwrite and append:
         raise InputError("overwrite and append exclude each other")
     require("pyarrow", extra="corpus")
@@ -175,7 +171,7 @@ def embed_corpus(
             identity,
             llama,
             reader,
-            how,
+            options,
             stop,
             text=text,
             input_format=input_format,
@@ -193,7 +189,7 @@ def embed_corpus(
             manifest,
             reader,
             job,
-            how=how,
+            options=options,
             kind=format,
             shard_rows=shard_rows,
             skip=on_error == "skip",
@@ -202,14 +198,14 @@ def embed_corpus(
         )
         n_resumed = manifest.n_read
         n_total = reader.n_rows() if progress or on_progress else None
-        told = Progress(n_resumed, n_total, bar=progress, call=on_progress)
-        with contextlib.closing(told):
+        reporter = Progress(n_resumed, n_total, bar=progress, call=on_progress)
+        with contextlib.closing(reporter):
             if not manifest.complete or manifest.job != job.result() or not reader.has_files:
-                run.go(told)
+                run.go(reporter)
             if manifest.complete:
                 for target in targets:
                     _export(folder, manifest, target)
-            told.tell(manifest.n_read, run.n_tokens(), complete=manifest.complete)
+            reporter.report(manifest.n_read, run.n_tokens(), complete=manifest.complete)
     n_rows = sum(shard.n_rows for shard in manifest.shards)
     return Summary(
         folder,
@@ -222,23 +218,46 @@ def embed_corpus(
     )
 
 
+def _check_arguments(
+    *,
+    format: str,
+    on_error: str,
+    shard_rows: int,
+    keep: Sequence[str],
+    keep_text: bool,
+    input_format: str | None,
+) -> None:
+    if format not in shards.FORMATS:
+        raise InputError(f"format must be one of {', '.join(shards.FORMATS)}, not {format!r}")
+    if on_error not in ("fail", "skip"):
+        raise InputError(f"on_error must be 'fail' or 'skip', not {on_error!r}")
+    if shard_rows < 1:
+        raise InputError(f"shard_rows must be at least 1, not {shard_rows}")
+    taken = {shards.ROW, shards.VECTOR, *([shards.TEXT] if keep_text else [])} & set(keep)
+    if taken:
+        raise InputError(f"keep: the shards have a column {', '.join(sorted(taken))} of their own")
+    if input_format not in (None, *files.KINDS):
+        known = ", ".join(files.KINDS)
+        raise InputError(f"input_format must be one of {known}, not {input_format!r}")
+
+
 @contextlib.contextmanager
 def _loaded(
     model: Llama | str | PathLike[str] | None, devices: Sequence[str] | None
 ) -> Iterator[Llama]:
-    """Load a model for as long as it is needed, unless it is loaded."""
+    """Load a model, and close it at the end; use a `Llama` as it is."""
     if not isinstance(model, Llama):
         with Llama(model, devices=devices) as llama:
             yield llama
         return
     if devices is not None:
-        raise InputError("devices are for a model that is given as a file; this one is loaded")
+        raise InputError("devices= is for a model that is given as a file; this one is loaded")
     yield model
 
 
 @contextlib.contextmanager
 def _background() -> Iterator[tuple[ThreadPoolExecutor, threading.Event]]:
-    """Have a thread for one task, and an event that stops it, which is set on leaving."""
+    """Run a thread for one task, and an event that stops it, which is set at the end."""
     stop = threading.Event()
     with ThreadPoolExecutor(1, "llamacrab-identity") as pool:
         try:
@@ -250,18 +269,18 @@ def _background() -> Iterator[tuple[ThreadPoolExecutor, threading.Event]]:
 def _manifest(
     folder: Path, job: Future[dict[str, Any]], *, overwrite: bool, append: bool
 ) -> Manifest:
-    """Return what is finished of a job in its folder, and remove what is not."""
+    """Return the manifest of a folder's finished shards, and remove unfinished files."""
     try:
         manifest = Manifest.load(folder) or Manifest()
     except CorpusError:
         if not overwrite:
             raise
-        manifest = Manifest()  # which shards it listed is not known, so that they stay in the way
+        manifest = Manifest()  # its shards are not known: their files will raise in `clean`
     unfinished = [manifest.writing] if manifest.writing else []
     if manifest.shards and not overwrite:
         manifest.refuse_other(job.result(), folder, append=append)
         unfinished += manifest.keep(manifest.n_sound(folder))
-    else:  # where nothing was finished, another job may begin
+    else:  # without finished shards, another job may start
         unfinished += manifest.keep(0)
         manifest = Manifest(exports=dict.fromkeys(manifest.exports, False))
     shards.clean(folder, manifest.shards, unfinished)
@@ -282,7 +301,7 @@ class _Run:
         source: Source,
         job: Future[dict[str, Any]],
         *,
-        how: EmbedOptions,
+        options: EmbedOptions,
         kind: str,
         shard_rows: int,
         skip: bool,
@@ -295,7 +314,7 @@ class _Run:
         self._source = source
         self._job = job
         self._may_grow = append or not manifest.complete
-        self._how = how
+        self._options = options
         self._kind = kind
         self._shard_rows = shard_rows
         self._skip = skip
@@ -308,17 +327,17 @@ class _Run:
         return sum(int(worker["tokens"]) for worker in self._llama.stats()["workers"])
 
     def n_tokens(self) -> int:
-        """Return the tokens that were computed in this run."""
+        """Return the number of tokens that this run has computed."""
         return self._tokens() - self._tokens_before
 
-    def go(self, told: Progress) -> None:
-        """Embed what is left, and write it shard by shard."""
+    def go(self, reporter: Progress) -> None:
+        """Embed the remaining rows, and write them shard by shard."""
         pending: list[tuple[Block, np.ndarray, np.ndarray]] = []
         with self._interrupt, ThreadPoolExecutor(1, "llamacrab-writer") as writer:
             written: Future[Shard] | None = None
 
-            def turn() -> None:
-                """Count in the shard that was being written, and begin to write the next."""
+            def next_shard() -> None:
+                """Add the shard that was being written, and start to write the next one."""
                 nonlocal written, pending
                 self._count(written, more=bool(pending))
                 written = writer.submit(self._write, pending) if pending else None
@@ -328,22 +347,22 @@ class _Run:
             try:
                 for block, rows, done in computed:
                     pending.append((block, rows, done))
-                    told.tell(block.first + len(block.texts), self.n_tokens())
+                    reporter.report(block.first + len(block.texts), self.n_tokens())
                     if sum(len(b.texts) for b, _, _ in pending) >= self._shard_rows:
-                        turn()
-                turn()
-                turn()
+                        next_shard()
+                next_shard()
+                next_shard()
                 self._complete()
             except (KeyboardInterrupt, LlamaError) as error:
-                # What is computed is kept, in a shard that is shorter than the others.
+                # Keep the computed rows, in a shard that is shorter than the others.
                 computed.close()
-                turn()
-                turn()
+                next_shard()
+                next_shard()
                 if not isinstance(error, KeyboardInterrupt):
                     raise
 
     def _count(self, written: Future[Shard] | None, *, more: bool) -> None:
-        """Count a shard in, once its file is there, and say in the manifest what comes next."""
+        """Add a shard to the manifest when its file is written, and record the next one."""
         if written is None and not more:
             return
         manifest = self._manifest
@@ -360,18 +379,18 @@ class _Run:
             raise OSError(
                 error.errno,
                 f"{error.strerror}: cannot write to {self._folder}; {manifest.n_read} rows "
-                "are finished, start again to go on",
+                "are finished, start again to resume",
             ) from error
 
     def _identity(self) -> dict[str, Any]:
-        """Return what the job is; a first run has begun before that is known."""
+        """Return the identity of the job; a first run starts before it is known."""
         if self._job.done():
             return self._job.result()
         with self._interrupt.allowed():
             return self._job.result()
 
     def _complete(self) -> None:
-        """Note that the source has been read to its end."""
+        """Mark the job as complete, after the source was read to its end."""
         manifest = self._manifest
         job = self._identity()
         self._source.refuse_changed()
@@ -382,7 +401,7 @@ class _Run:
         manifest.save(self._folder)
 
     def _recast(self) -> None:
-        """Give the columns of all shards the types that they came to have at the end."""
+        """Give the columns of all shards the final types."""
         manifest, folder = self._manifest, self._folder
         for k, shard in enumerate(manifest.shards):
             with self._interrupt.allowed():
@@ -390,7 +409,7 @@ class _Run:
             partial = shards.recast(folder, shard.name, self._source.columns.types)
             if partial is None:
                 continue
-            # Killed here, the file is the old one or the new one, and the manifest knows both.
+            # After a crash the file is the old or the new one: the manifest has both checksums.
             checksum = sha256_of(partial)
             manifest.recast[shard.name] = checksum
             manifest.save(folder)
@@ -399,9 +418,9 @@ class _Run:
         manifest.recast = {}
 
     def _blocks(self) -> Iterator[Block]:
-        """Yield what is left of the source, in blocks that do not cross the bounds of shards.
+        """Yield the remaining rows, in blocks that do not cross the bounds of shards.
 
-        What is finished is read too, to compare it.
+        Finished rows are read too, to compare them.
         """
         start, n_rows = self._manifest.n_read, 0
         finished = Finished(self._manifest.shards)
@@ -410,7 +429,7 @@ class _Run:
             block = finished.rest_of(whole)
             if block.texts and not self._may_grow:
                 raise CorpusError(
-                    f"the source has more rows than the {start} that are finished: append=True "
+                    f"the source has more rows than the {start} finished ones: append=True "
                     "(--append) embeds them"
                 )
             at = 0
@@ -422,11 +441,11 @@ class _Run:
         finished.end(n_rows)
 
     def _block_rows(self, n_read: int) -> int:
-        """Return how many rows take about a second: what Ctrl-C, or a crash, costs at most."""
+        """Return how many rows take about a second: the most that Ctrl-C or a crash can lose."""
         return max(64, min(BLOCK, int(n_read / (time.monotonic() - self._began + 1e-9))))
 
     def _computed(self) -> Generator[tuple[Block, np.ndarray, np.ndarray]]:
-        """Yield every block with its rows, and which of them are there."""
+        """Yield every block with its rows, and which of them were computed."""
         ahead: deque[tuple[Block, Future[np.ndarray]]] = deque()
         try:
             blocks, unreadable = self._blocks(), None
@@ -434,7 +453,7 @@ class _Run:
                 try:
                     with self._interrupt.allowed():
                         block = next(blocks, None)
-                except CorpusError as error:  # raised once what was read before it is computed
+                except CorpusError as error:  # raised after the rows before it are computed
                     block, unreadable = None, error
                 if block is None:
                     break
@@ -450,12 +469,12 @@ class _Run:
                 future.cancel()
 
     def _submitted(self, block: Block) -> Future[np.ndarray]:
-        """Queue a block; what is wrong with it is told when its turn has come, not before."""
+        """Queue a block. The returned future raises its error, after the blocks before it."""
         try:
             if not self._skip:
                 block.refuse_wrong()
             texts = [text for text in block.texts if text is not None]
-            return self._llama.submit(texts, options=self._how)
+            return self._llama.submit(texts, options=self._options)
         except (CorpusError, InputError) as error:
             refused: Future[np.ndarray] = Future()
             refused.set_exception(error)
@@ -464,7 +483,7 @@ class _Run:
     def _finished(
         self, block: Block, future: Future[np.ndarray]
     ) -> tuple[Block, np.ndarray, np.ndarray]:
-        """Wait for a block's rows; where a text of it is refused, for those of the others."""
+        """Wait for the rows of a block; if a text raises, for the rows of the other texts."""
         places = np.flatnonzero([text is not None for text in block.texts])
         done = np.zeros(len(block.texts), dtype=bool)
         rows: np.ndarray | None = None
@@ -480,12 +499,12 @@ class _Run:
         return block, rows, done
 
     def _one_by_one(self, block: Block, places: np.ndarray) -> np.ndarray:
-        """Embed what can be embedded of a block, and note what is wrong with the rest."""
+        """Embed the texts of a block one by one, and record the reason for each that raises."""
         kept = []
         for i in places:
             try:
                 with self._interrupt.allowed():
-                    kept.append(self._llama.embed(block.texts[i], options=self._how))
+                    kept.append(self._llama.embed(block.texts[i], options=self._options))
             except (InputError, NumericalError) as wrong:
                 reason = str(wrong).replace("text 0", "the text", 1)
                 if not self._skip:
@@ -494,7 +513,7 @@ class _Run:
                 block.reasons[int(i)] = reason
         if kept:
             return np.stack(kept)
-        return self._llama.embed_texts([], options=self._how)
+        return self._llama.embed_texts([], options=self._options)
 
     def _write(self, blocks: list[tuple[Block, np.ndarray, np.ndarray]]) -> Shard:
         done = np.concatenate([one for _, _, one in blocks])
@@ -537,12 +556,12 @@ def _versions() -> dict[str, str]:
 
 
 def _export(folder: Path, manifest: Manifest, target: Path) -> None:
-    """Make a file of the shards, unless that has been done."""
+    """Export the shards to a file, unless that was done already."""
     name = str(target.absolute())
     if manifest.exports.get(name) and target.exists():
         return
-    manifest.refuse_foreign(target)  # it may have come meanwhile
-    manifest.exports[name] = False  # from now on, what lies there is this job's to replace
+    manifest.refuse_foreign(target)  # it may have been created since the first check
+    manifest.exports[name] = False  # from now on, this job may replace the file
     manifest.save(folder)
     exports.write(folder, [shard.name for shard in manifest.shards], target)
     manifest.exports[name] = True

@@ -1,4 +1,4 @@
-"""One run at a time in a folder: a lock that the system releases when its process ends."""
+"""A lock that allows one run per folder. The system releases it when the process ends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llamacrab._support.extras import require
 from llamacrab._support.files import write_whole
 from llamacrab.errors import CorpusError
 
-NAME = ".lock"  # stays, empty: a lock whose file is removed can be held twice
+NAME = ".lock"  # never removed: two processes could hold the lock of a removed file
 HOLDER = ".lock.json"
 
 
@@ -25,7 +25,7 @@ def held(folder: Path) -> Iterator[None]:
     Raises
     ------
     CorpusError
-        Another run holds it; the message says which process, and since when.
+        Another run holds the lock; the message names the process and the start time.
     """
     filelock = require("filelock", extra="corpus")
     lock = filelock.FileLock(str(folder / NAME), timeout=0)
@@ -33,10 +33,10 @@ def held(folder: Path) -> Iterator[None]:
         lock.acquire()
     except filelock.Timeout:
         raise CorpusError(
-            f"{folder} is in use by {_holder(folder)}: wait until it ends, or take another folder"
+            f"{folder} is in use by {_holder(folder)}: wait until it ends, or use another folder"
         ) from None
     try:
-        with contextlib.suppress(OSError):  # it only serves the message
+        with contextlib.suppress(OSError):  # it is only for the message
             about = {"pid": os.getpid(), "host": platform.node(), "since": _now()}
             write_whole(folder / HOLDER, json.dumps(about).encode())
         yield
@@ -50,7 +50,7 @@ def _holder(folder: Path) -> str:
     try:
         about = json.loads((folder / HOLDER).read_text(encoding="utf-8"))
         return f"process {about['pid']} on {about['host']}, since {about['since']}"
-    except (OSError, ValueError, TypeError, KeyError):  # it has not written that yet
+    except (OSError, ValueError, TypeError, KeyError):  # not written yet
         return "another process"
 
 

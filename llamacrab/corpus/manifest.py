@@ -1,4 +1,4 @@
-"""What a job is, and which of its shards are finished: ``manifest.json`` in their folder."""
+"""``manifest.json``: the identity of a job, and its finished shards."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ class Shard:
     """A finished file."""
 
     name: str
-    first: int  # row of the source with which it begins
+    first: int  # number of its first row in the source
     n_read: int  # rows of the source that it covers
-    n_rows: int  # rows in it; fewer where rows were rejected
+    n_rows: int  # rows in it; fewer if rows were rejected
     sha256: str
     rows: str  # hash of the rows of the source that it covers
 
 
 @dataclass
 class Manifest:
-    """A job on its folder.
+    """The manifest of a job.
 
     Attributes
     ----------
     job : dict
-        What makes this job's vectors what they are: source, model, options. Another job has no
-        business in the same folder. Empty before the first shard is written.
+        The identity of the job: source, model, options. Another job cannot use the same folder.
+        Empty before the first shard is written.
     made_with : dict
-        Versions, for people who read it; they may change on the way.
+        Versions, for information; later runs may use others.
     shards : list of Shard
-        In order.
+        Finished shards, in order.
     complete : bool
         Whether the source has been read to its end.
     exports : dict of str to bool
-        Files that this job makes of its shards, and whether they are whole.
+        Exports of this job, and whether they are complete.
     writing : str or None
-        The shard that is being written: a file of this name is this job's, finished or not.
+        The shard that is being written: a file of this name belongs to this job, finished or not.
     recast : dict of str to str
-        Shards that are being replaced by equal ones with wider types of columns, and the checksums
-        of those.
+        Shards that are being replaced by copies with wider column types, and the checksums of
+        the copies.
     """
 
     job: dict[str, Any] = field(default_factory=dict)
@@ -65,13 +65,13 @@ class Manifest:
         return sum(shard.n_read for shard in self.shards)
 
     def save(self, folder: Path) -> None:
-        """Write it, whole or not at all."""
+        """Write the manifest atomically."""
         text = json.dumps({"version": VERSION, **asdict(self)}, indent=1, ensure_ascii=False)
         write_whole(folder / NAME, text.encode())
 
     @staticmethod
     def load(folder: Path) -> Manifest | None:
-        """Read the manifest of a folder; None where there is none."""
+        """Read the manifest of a folder; None if there is none."""
         path = folder / NAME
         try:
             held = json.loads(path.read_text(encoding="utf-8"))
@@ -79,27 +79,27 @@ class Manifest:
             return None
         except ValueError as error:
             raise CorpusError(
-                f"{path} is damaged: {error}; overwrite the job to begin again"
+                f"{path} is damaged: {error}; overwrite the job to start again"
             ) from None
         if held.pop("version", None) != VERSION:
             raise CorpusError(
-                f"{path} was written by another version of llamacrab: take another folder, or "
+                f"{path} was written by another version of llamacrab: use another folder, or "
                 "remove these files"
             )
         held["shards"] = [Shard(**shard) for shard in held["shards"]]
         return Manifest(**held)
 
     def refuse_other(self, job: dict[str, Any], folder: Path, *, append: bool) -> None:
-        """Raise if the folder holds another job, and say what differs.
+        """Raise if the folder holds another job; the message says what differs.
 
-        With `append` the source may be another one: its rows are compared when they are read.
+        With `append` the source may differ: its rows are compared when they are read.
         """
         different = {
             name: f"{name}: {self.job.get(name)!r} there, {job.get(name)!r} now"
             for name in sorted({*job, *self.job})
             if self.job.get(name) != job.get(name)
         }
-        advice = "Take another folder, or overwrite it"
+        advice = "Use another folder, or overwrite it"
         if "source" in different:
             sources = self.job.get("source"), job["source"]
             different["source"] = f"source: {identity.difference(*sources)}"
@@ -109,18 +109,18 @@ class Manifest:
                 advice += ". If rows were only added at the end, append=True (--append) embeds them"
         if different:
             raise CorpusError(
-                f"{folder} holds another job, which this one would not continue but mix up with: "
+                f"{folder} holds another job, which this one cannot continue: "
                 + "; ".join(different.values())
                 + f". {advice}"
             )
 
     def refuse_foreign(self, target: Path) -> None:
-        """Raise if what lies at `target` is not this job's to replace."""
+        """Raise if `target` exists and is not an export of this job."""
         if target.exists() and str(target.absolute()) not in self.exports:
-            raise CorpusError(f"{target} is there already: remove it, or take another name")
+            raise CorpusError(f"{target} exists already: remove it, or choose another name")
 
     def count(self, shard: Shard) -> None:
-        """Count a shard in."""
+        """Add a finished shard."""
         if shard.first != self.n_read:
             raise CorpusError(
                 f"{shard.name} begins with row {shard.first}, but {self.n_read} rows are finished"
@@ -129,7 +129,7 @@ class Manifest:
         self.writing = None
 
     def n_sound(self, folder: Path) -> int:
-        """Return how many shards, from the first on, are there as they were written."""
+        """Return the number of shards, from the first on, that are intact."""
         paths = [folder / shard.name for shard in self.shards]
         checksums = in_parallel(lambda path: sha256_of(path) if path.is_file() else None, paths)
         for k, (shard, found) in enumerate(zip(list(self.shards), checksums, strict=True)):
@@ -140,7 +140,7 @@ class Manifest:
         return len(self.shards)
 
     def keep(self, n_shards: int) -> list[str]:
-        """Forget all but the first `n_shards` shards, and return the names of the others."""
+        """Keep only the first `n_shards` shards, and return the names of the others."""
         dropped = [shard.name for shard in self.shards[n_shards:]]
         if dropped:
             del self.shards[n_shards:]
@@ -148,6 +148,6 @@ class Manifest:
         return dropped
 
     def reopen(self) -> None:
-        """Note that there is more to be done, for the exports too."""
+        """Mark the job and its exports as incomplete."""
         self.complete = False
         self.exports = dict.fromkeys(self.exports, False)

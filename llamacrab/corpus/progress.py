@@ -1,4 +1,4 @@
-"""How far a job is: a bar for people, a dict for programs."""
+"""Progress of a job: a bar for people, a dict for programs."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 
 class Progress:
-    """Tells of rows that are embedded.
+    """Reports the rows that are embedded.
 
     Parameters
     ----------
     n_resumed : int
         Rows that earlier runs have finished.
     n_total : int or None
-        Rows of the source, where that is known.
+        Rows of the source, if known.
     bar : bool
         Show a bar (extra ``progress``).
     call : callable, optional
@@ -45,12 +45,12 @@ class Progress:
             )
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """End the bar."""
         if self._bar is not None:
             self._bar.close()
 
-    def tell(self, n_rows: int, n_tokens: int, *, complete: bool = False) -> None:
-        """Tell that so many rows are done, and that this run has computed so many tokens."""
+    def report(self, n_rows: int, n_tokens: int, *, complete: bool = False) -> None:
+        """Report the rows that are done, and the tokens that this run has computed."""
         seconds = max(time.monotonic() - self._began, 1e-9)
         rate = (n_rows - self._n_resumed) / seconds
         if self._bar is not None:

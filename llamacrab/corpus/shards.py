@@ -1,4 +1,4 @@
-"""Finished rows as files. A shard is there whole, or it is not there."""
+"""Write finished rows to files. A shard appears only when it is complete."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def name_of(number: int, kind: str) -> str:
 
 
 def rejects_of(name: str) -> str:
-    """Return the name of the file with the rows that a shard lacks."""
+    """Return the name of the file that lists the rejected rows of a shard."""
     return f"{Path(name).stem}.rejects.jsonl"
 
 
 def clean(folder: Path, finished: Sequence[Shard], unfinished: Sequence[str]) -> None:
-    """Remove what an earlier run left behind unfinished: these files, and temporary ones.
+    """Remove the unfinished files of an earlier run: these shards, and temporary files.
 
     Raises
     ------
     CorpusError
-        There are files, not this job's, that would be taken for its shards. Nothing is removed.
+        There are files of another origin with names of shards. Nothing is removed.
     """
     names = {*unfinished, *(shard.name for shard in finished)}
     names |= {rejects_of(name) for name in names}
@@ -45,7 +45,7 @@ def clean(folder: Path, finished: Sequence[Shard], unfinished: Sequence[str]) ->
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise CorpusError(
             f"{folder} holds {foreign[0]}{more}, which its manifest does not list: move or remove "
-            "such files, or take another folder"
+            "such files, or use another folder"
         )
     for name in unfinished:
         (folder / name).unlink(missing_ok=True)
@@ -69,24 +69,24 @@ def write(
     n_read: int,
     rows: str,
 ) -> Shard:
-    """Write one shard and what was rejected of its rows.
+    """Write one shard, and the list of its rejected rows.
 
     Parameters
     ----------
     numbers : ndarray of int64, shape (n,)
-        The rows' numbers in the source.
+        Row numbers in the source.
     texts : list of str, or None
-        The texts, where they are to be kept.
+        The texts, if they are kept.
     carried : pyarrow.Table or None
-        The columns that go along.
+        The kept columns.
     vectors : ndarray, shape (n, d)
-        The vectors.
+        The embeddings.
     rejects : list of dict
-        Rows that have no vector, each with its number and the reason.
+        Rows without an embedding, each with its number and the reason.
     first, n_read : int
-        What of the source it covers.
+        First row and number of rows of the source that the shard covers.
     rows : str
-        The hash of that.
+        The hash of those rows.
     """
     partial = temporary(folder / name)
     listed = folder / rejects_of(name)
@@ -102,7 +102,7 @@ def write(
         checksum = sha256_of(partial)
         settle(partial, folder / name)
     except BaseException:
-        # Where a disk is full, what is half written is in the way.
+        # On a full disk a partial file would only take space.
         partial.unlink(missing_ok=True)
         listed.unlink(missing_ok=True)
         raise
@@ -110,9 +110,9 @@ def write(
 
 
 def recast(folder: Path, name: str, types: dict[str, Any]) -> Path | None:
-    """Write a shard again with these types of columns, and return the temporary file.
+    """Write a shard again with these column types, and return the temporary file.
 
-    Return None where the shard has them already.
+    Return None if the shard has these types already.
     """
     path = folder / name
     kind = next(kind for kind, suffix in FORMATS.items() if suffix == path.suffix)

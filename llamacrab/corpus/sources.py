@@ -1,4 +1,4 @@
-"""Where the texts of a job come from: files, tables, frames, or any iterable."""
+"""The source of a job: files, tables, frames, or any iterable."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from llamacrab.corpus.files import Wrong
 from llamacrab.errors import CorpusError
 from llamacrab.requests.texts import as_iterator
 
-# Rows that are read at once.
+# Number of rows that are read at once.
 BLOCK = 1024
 
 
 @dataclass
 class Block:
-    """Rows that follow one another.
+    """Consecutive rows of a source.
 
     Attributes
     ----------
     first : int
-        The number of the first in the source.
+        Number of the first row in the source.
     texts : list of str or None
-        None: there is no text that could be embedded.
+        None: there is no text to embed.
     carried : pyarrow.Table or None
-        The columns that go along.
+        The kept columns.
     reasons : dict of int to str
-        What is wrong with rows, by their place in the block.
+        Why rows have no text, by their place in the block.
     """
 
     first: int
@@ -43,14 +43,14 @@ class Block:
     reasons: dict[int, str] = field(default_factory=dict)
 
     def refuse_wrong(self) -> None:
-        """Raise for the first row that has no text, with its number."""
+        """Raise for the first row without a text; the message has its number."""
         if self.reasons:
             place, why = min(self.reasons.items())
             row = self.first + place
             raise CorpusError(f"row {row}: {why}", row=row)
 
     def slice(self, start: int, stop: int) -> Block:
-        """Return a part of it."""
+        """Return a part of the block."""
         return Block(
             self.first + start,
             self.texts[start:stop],
@@ -69,9 +69,9 @@ class Source:
     text : str
         The column, or the field of a line, that holds the text.
     keep : sequence of str
-        Columns that go along.
+        Columns to keep.
     kind : str, optional
-        What files hold, one of `files.KINDS`, whatever their names say.
+        What files hold, one of `files.KINDS`; by default what their names say.
     """
 
     def __init__(
@@ -87,13 +87,13 @@ class Source:
 
     @property
     def has_files(self) -> bool:
-        """Whether it can be known again without being read."""
+        """Whether the source is files, which a job can recognize by their hashes."""
         return self._paths is not None
 
     def fingerprint(self, stop: threading.Event | None = None) -> list[list[Any]] | None:
         """Return name, size and hash of every file, which takes a while; None without files.
 
-        What has no files is known by its rows alone.
+        A source without files is recognized by its rows only.
         """
         if self._paths is None:
             return None
@@ -109,7 +109,7 @@ class Source:
         ):
             if before != now:
                 raise CorpusError(
-                    f"{path} has changed while it was read: start again, with append=True "
+                    f"{path} changed while it was read: start again, with append=True "
                     "(--append) if rows were added at its end"
                 )
 
@@ -118,7 +118,7 @@ class Source:
         return [(about.st_size, about.st_mtime_ns) for about in found]
 
     def n_rows(self) -> int | None:
-        """Return how many rows there are, where that is soon known."""
+        """Return the number of rows, or None if that is not known quickly."""
         if self._paths is None:
             table = getattr(self._data, "num_rows", None)
             if isinstance(table, int):
@@ -128,7 +128,7 @@ class Source:
         return None if None in counts else sum(count or 0 for count in counts)
 
     def texts(self, *, refuse_wrong: bool = True) -> list[str | None]:
-        """Return the texts of all rows; None, or an error, for a row that has none."""
+        """Return the texts of all rows; a row without a text is None, or raises."""
         texts: list[str | None] = []
         for block in self.blocks(0):
             if refuse_wrong:
@@ -137,7 +137,7 @@ class Source:
         return texts
 
     def blocks(self, start: int) -> Iterator[Block]:
-        """Yield the rows from row `start` on."""
+        """Yield the rows from number `start` on."""
         first = 0
         self.columns = Columns(self._keep)
         try:
@@ -221,20 +221,20 @@ class Source:
 
 
 def _unreadable() -> tuple[type[Exception], ...]:
-    """Return what reading a file that is damaged or cut short raises."""
-    arrow = sys.modules.get("pyarrow")  # what is not loaded has raised nothing
+    """Return the exceptions that reading a damaged or incomplete file raises."""
+    arrow = sys.modules.get("pyarrow")  # if it is not loaded, it has not raised
     return (OSError, EOFError, zlib.error, *([arrow.ArrowException] if arrow else []))
 
 
 def _checked(values: list[Any], where: str = "") -> tuple[list[str | None], dict[int, str]]:
-    """Return texts, None where there is none, and what is wrong with those."""
+    """Return texts, None for rows without a text, and the reasons for those."""
     complaints = map(files.complaint, values)
     reasons = {i: where + why for i, why in enumerate(complaints) if why is not None}
     return [None if i in reasons else value for i, value in enumerate(values)], reasons
 
 
 def _values(pa: Any, column: Any) -> list[Any]:
-    """Return the values of a column, with what is wrong with those that are no UTF-8."""
+    """Return the values of a column; `Wrong` stands for those that are not UTF-8."""
     try:
         return list(column.to_pylist())
     except UnicodeDecodeError:

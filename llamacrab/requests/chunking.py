@@ -1,4 +1,4 @@
-"""Texts longer than fit: windows over their tokens, whose vectors are averaged."""
+"""Split texts that are too long into windows, and average the embeddings of the windows."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def bounds(n_tokens: int, size: int, overlap: int) -> list[tuple[int, int]]:
     """Return where windows of `size` tokens begin and end.
 
-    Each begins ``size - overlap`` tokens after the one before it. The last is moved back so that it
-    ends with the text: a short rest would have too little context.
+    Each begins ``size - overlap`` tokens after the window before it. The last one ends with the
+    text, and may overlap more: a short window would have too little context.
     """
     if n_tokens <= size:
         return [(0, n_tokens)]
@@ -27,18 +27,18 @@ def bounds(n_tokens: int, size: int, overlap: int) -> list[tuple[int, int]]:
 
 
 class Windows:
-    """The texts of one call as windows, and the way back to a row a text.
+    """The texts of one call as windows, and the mapping back to one row per text.
 
     Parameters
     ----------
     texts : sequence of str or of sequences of int
         The texts.
     tokenization : Tokenization
-        Gives a text's ids with nothing around them and without limit.
+        Tokenizes a text without special tokens and without a limit.
     prefix_ids, suffix_ids : sequence of int
-        What stands around every window of a text; nothing is put around ids.
+        Token ids around every window of a text; not put around token ids.
     size, overlap : int
-        Tokens of a window, those around it not counted, and those shared with the one before.
+        Tokens per window, without those around it, and tokens shared with the window before it.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Windows:
         overlap: int,
     ) -> None:
         self.inputs: list[Any] = []
-        # Without special tokens and prompt they are empty, and numpy's empty is of float64.
+        # Set the dtype: numpy makes an empty list float64.
         before, after = np.array(prefix_ids, dtype=np.int32), np.array(suffix_ids, dtype=np.int32)
         firsts, weights = [], []
         for i, text in enumerate(texts):
@@ -73,7 +73,7 @@ class Windows:
         self._weights = np.array(weights, dtype=np.float32)
 
     def pool(self, rows: np.ndarray) -> np.ndarray:
-        """Return a row for each text: the mean of its windows' rows, weighted by their tokens."""
+        """Return one row per text: the mean of its windows' rows, weighted by their tokens."""
         if not len(rows):
             return rows
         sums = np.add.reduceat(rows * self._weights[:, None], self._firsts, axis=0)
@@ -81,9 +81,9 @@ class Windows:
         return means
 
     def done(self, done: np.ndarray) -> np.ndarray:
-        """Return which texts have the rows of all their windows."""
+        """Return for each text whether all its windows were computed."""
         return np.logical_and.reduceat(done, self._firsts) if len(done) else done
 
     def text_of(self, window: int) -> int:
-        """Return which text a window is of."""
+        """Return the number of the text that a window is part of."""
         return int(np.searchsorted(self._firsts, window, side="right") - 1)

@@ -1,4 +1,4 @@
-"""What is done to the texts of a call before they are computed, and to their rows afterwards."""
+"""Requests that embed: from texts to token ids, and from rows to embeddings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from llamacrab._core import Job, Scheduler
 
-# More tokens than any text has.
+# No text has more tokens.
 NO_LIMIT = 2**31 - 1
 
 
@@ -33,11 +33,11 @@ class EmbedRequest:
     texts : list of str or of sequences of int
         The texts.
     single : bool
-        The result is the embedding of the only text, not a list or matrix of one.
+        There is one text, and the result is its embedding instead of a list or matrix.
     dedup : bool
         Compute equal texts once.
     first : int
-        The number that the caller knows the first text by.
+        The caller's number for the first text.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class EmbedRequest:
         self.inputs = texts
 
     def job(self, scheduler: Scheduler) -> Job:
-        """Split the texts into windows where they are to be, and return a job for all inputs."""
+        """Split the texts into windows if the options say so, and return a job for all inputs."""
         pipeline = self._pipeline
         self._windows = pipeline.windows(self.inputs)
         if self._windows is not None:
@@ -77,7 +77,7 @@ class EmbedRequest:
         return embeddings[0] if self._single else embeddings
 
     def remap_error(self, error: LlamaError) -> None:
-        """Make an error speak of the caller's texts, and hold their embeddings."""
+        """Make an error name the caller's text, and hold the embeddings computed so far."""
         if error.rows is None:  # it failed before there was a job
             error.rows = self._pipeline.empty(self._n_texts)
             error.done = np.zeros(self._n_texts, dtype=bool)
@@ -97,26 +97,26 @@ class EmbedPipeline:
     Parameters
     ----------
     options : EmbedOptions
-        What was asked for; all of it is checked here.
+        The options of the call; they are checked here.
     model : Model
         The model.
     pooling_type : PoolingType
-        How it pools.
+        The pooling of the context.
     limit : int
         Tokens that fit.
     prompts : mapping of str to str
-        The model's own, by name.
+        The model's own prompts, by name.
     larger : str
         How to make `limit` larger, for error messages.
 
     Attributes
     ----------
     options : EmbedOptions
-        As given.
+        The parameter.
     tokenization : Tokenization
-        Makes texts into token ids.
+        Turns texts into token ids.
     norm, width : float, int
-        What the scheduler is to do to rows.
+        Norm and number of values of the rows that the scheduler returns.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class EmbedPipeline:
         self.options = options
         self.pooled = pooling_type != PoolingType.NONE
         self.width = _width(options, model)
-        # Windows are averaged as they come, and their mean is normalized.
+        # The rows of windows are averaged first, and then normalized.
         self.norm = 0.0 if options.chunk else options.norm
         vocab = model.vocab
         prompt = _prompt(options, prompts)
@@ -139,7 +139,7 @@ class EmbedPipeline:
         prefix = _special("start_token", options.start_token, vocab.prefix_ids, len(vocab))
         suffix = _special("end_token", options.end_token, vocab.suffix_ids, len(vocab))
         if prompt:
-            # The text that touches a text is split into tokens together with it.
+            # The end of the prompt is tokenized together with the text, as tokens may span both.
             *before, touching = split_at_special(vocab, prompt)
             prefix, self._prefix_text = (*prefix, *ids_of(vocab, before)), str(touching)
         self._n_around = (len(prefix), len(suffix))
@@ -163,7 +163,9 @@ class EmbedPipeline:
         self._chunking: dict[str, Any] | None = None
         if options.chunk:
             if not self.pooled:
-                raise InputError("chunk= needs a pooling: without one there is no row to average")
+                raise InputError(
+                    "chunk= needs a pooling: with PoolingType.NONE nothing is averaged"
+                )
             before = [*prefix, *(ids_of(vocab, [self._prefix_text]) if prompt else ())]
             self._chunking = {
                 "prefix_ids": before,
@@ -196,11 +198,11 @@ class EmbedPipeline:
         return places
 
     def windows(self, texts: list[Any]) -> Windows | None:
-        """Return the texts as windows of tokens, where the options ask for that."""
+        """Return the texts as windows of tokens, or None without ``chunk``."""
         return None if self._chunking is None else Windows(texts, **self._chunking)
 
     def finish(self, rows: Any, windows: Windows | None) -> Any:
-        """Return embeddings, from the rows that the scheduler computed."""
+        """Turn the rows that the scheduler computed into embeddings."""
         options = self.options
         if options.dtype == "float32" and windows is None:
             return rows
@@ -211,7 +213,7 @@ class EmbedPipeline:
         return quantize.quantize(rows, options.dtype, ranges=options.ranges)
 
     def empty(self, n_texts: int) -> Any:
-        """Return what stands for the embeddings of texts that were not computed."""
+        """Return placeholders for the embeddings of texts that were not computed."""
         if not self.pooled:
             return self.finish([np.empty((0, self.width), dtype=np.float32)] * n_texts, None)
         return self.finish(np.zeros((n_texts, self.width), dtype=np.float32), None)
@@ -223,18 +225,18 @@ def normalized(rows: np.ndarray, norm: float) -> np.ndarray:
         return rows
     order = np.inf if norm == NORM_INT16 else norm
     lengths = np.linalg.norm(rows.astype(np.float64), ord=order, axis=-1, keepdims=True)
-    lengths[lengths == 0] = 1  # of a text that failed before it had a row
+    lengths[lengths == 0] = 1  # a text that failed has a row of zeros
     scaled: np.ndarray = rows / (lengths / 32760 if norm == NORM_INT16 else lengths)
     return scaled.astype(np.float32)
 
 
-def _special(name: str, given: bool | int, own: Sequence[int], n_tokens: int) -> tuple[int, ...]:
-    """Return the tokens to put at one end, where the model's own are `own`."""
-    if isinstance(given, (bool, np.bool_)):
-        return tuple(own) if given else ()
-    if not isinstance(given, (int, np.integer)) or not 0 <= given < n_tokens:
-        raise InputError(f"{name} must be a bool or an id in range({n_tokens}), not {given!r}")
-    return (int(given),)
+def _special(name: str, option: bool | int, own: Sequence[int], n_tokens: int) -> tuple[int, ...]:
+    """Return the tokens for one end of a text; `own` are those of the model."""
+    if isinstance(option, (bool, np.bool_)):
+        return tuple(own) if option else ()
+    if not isinstance(option, (int, np.integer)) or not 0 <= option < n_tokens:
+        raise InputError(f"{name} must be a bool or an id in range({n_tokens}), not {option!r}")
+    return (int(option),)
 
 
 def _prompt(options: EmbedOptions, prompts: Mapping[str, str]) -> str:
@@ -243,8 +245,8 @@ def _prompt(options: EmbedOptions, prompts: Mapping[str, str]) -> str:
     if options.prompt is not None:
         raise InputError("give prompt= or prompt_name=, not both")
     if options.prompt_name not in prompts:
-        known = ", ".join(sorted(prompts)) or "none: pass prompt= instead"
-        raise InputError(f"no prompt is called {options.prompt_name!r}; this model's are {known}")
+        known = ", ".join(sorted(prompts)) or "none, pass prompt= instead"
+        raise InputError(f"there is no prompt {options.prompt_name!r}; this model has: {known}")
     return prompts[options.prompt_name]
 
 
@@ -252,18 +254,18 @@ def _width(options: EmbedOptions, model: Model) -> int:
     n_embd = model.n_embd_out
     width = n_embd if options.dimensions is None else options.dimensions
     if not isinstance(width, (int, np.integer)) or not 1 <= width <= n_embd:
-        raise InputError(f"dimensions={width} is not from 1 to the model's {n_embd}")
+        raise InputError(f"dimensions={width} is not between 1 and the model's {n_embd}")
     quantize.check(options.dtype, int(width), options.ranges)
     return int(width)
 
 
 def _window(options: EmbedOptions, limit: int, n_around: int) -> int:
-    """Return the tokens of a window without what stands around them."""
+    """Return the tokens per window, without those around it."""
     whole = limit if options.chunk is True else min(int(options.chunk), limit)
     size = whole - n_around
     if size < 1 or not 0 <= options.chunk_overlap < size:
         raise InputError(
-            f"windows of {whole} tokens, {n_around} of them special or of the prompt, cannot "
+            f"windows of {whole} tokens ({n_around} of them special tokens or prompt) cannot "
             f"overlap by chunk_overlap={options.chunk_overlap}"
         )
     return size

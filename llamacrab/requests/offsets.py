@@ -1,4 +1,4 @@
-"""Where in a text its tokens come from. llama.cpp does not say: tokens are laid along the text."""
+"""Find the place of each token in its text. llama.cpp does not return it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 def token_offsets(
     vocab: Vocab, text: str, ids: np.ndarray, *, n_prefix: int, n_suffix: int
 ) -> np.ndarray:
-    """Return the place in `text` of each of its tokens.
+    """Return the start and end in `text` of each of its tokens.
 
     Parameters
     ----------
@@ -28,22 +28,22 @@ def token_offsets(
     text : str
         The text.
     ids : ndarray of int32, shape (n,)
-        All of its tokens, in order.
+        All tokens of the text, in order.
     n_prefix, n_suffix : int
-        How many of the first and the last are special tokens that come from no text.
+        Number of special tokens at the start and at the end, which are not part of the text.
 
     Returns
     -------
     ndarray of int32, shape (n, 2)
-        ``text[start:stop]``; (0, 0) for those special tokens. A token that holds a part of a
-        character, as byte-level vocabularies have them, gets the whole character. Tokens for what
-        the vocabulary does not know get all that lies between their neighbours.
+        ``text[start:stop]``; (0, 0) for the special tokens. A token for a part of a character
+        (byte-level vocabularies have such tokens) gets the whole character. An unknown token gets
+        the text between its neighbours.
     """
     pieces = [vocab.token_to_piece(int(i)) for i in ids]
     pieces[:n_prefix] = [b""] * n_prefix
     pieces[len(ids) - n_suffix :] = [b""] * n_suffix
     if vocab.vocab_type in (VocabType.BPE, VocabType.SPM):
-        # Their pieces are the very bytes of the text, but for a space that SPM puts before it.
+        # Their pieces are the bytes of the text; SPM adds a space before it.
         encoded = [character.encode() for character in _SURROGATES.sub("\ufffd", text)]
         source = np.repeat(np.arange(len(text)), [len(one) for one in encoded])
         whole = b"".join(encoded)
@@ -52,7 +52,7 @@ def token_offsets(
             if first is not None and pieces[first].startswith(b" "):
                 pieces[first] = pieces[first][1:]
         return _align(whole, source, pieces)
-    # The others normalize: characters are compared by what is left of them at the least.
+    # Other vocabularies normalize the text: compare only what no normalization changes.
     folded = [_fold(character) for character in text]
     source = np.repeat(np.arange(len(text)), [len(one) for one in folded])
     return _align("".join(folded), source, [_fold(p.decode("utf-8", "replace")) for p in pieces])
@@ -69,7 +69,7 @@ def _fold(text: str) -> str:
 
 
 def _align(whole: AnyStr, source: np.ndarray, pieces: list[AnyStr]) -> np.ndarray:
-    """Lay pieces along the whole, each at its first place after the one before it."""
+    """Find each piece in `whole`, at its first place after the piece before it."""
     spans: list[tuple[int, int]] = []  # in `whole`
     unknown: list[int] = []  # pieces whose place is not known until the next is found
     at = 0
@@ -95,7 +95,7 @@ def _align(whole: AnyStr, source: np.ndarray, pieces: list[AnyStr]) -> np.ndarra
 
 
 def kept(full: np.ndarray, cut: np.ndarray) -> np.ndarray:
-    """Return which tokens of a text are left of it, where some were cut out of one place."""
+    """Return which tokens of a text are left, after some were cut out in one place."""
     n_head = int(np.argmin(np.append(full[: len(cut)] == cut[: len(full)], False)))
     n_tail = len(cut) - n_head
     places: np.ndarray = np.r_[0:n_head, len(full) - n_tail : len(full)]

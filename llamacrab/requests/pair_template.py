@@ -1,4 +1,4 @@
-"""From a query and a document to the token ids of their pair."""
+"""Turn a query and a document into the token ids of their pair."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
     from llamacrab._core import Model, Vocab
     from llamacrab.options import Truncate
 
-# Queries of `rerank_pairs` whose tokens are remembered, should they come again.
+# Number of queries of a `rerank_pairs` call whose tokens are cached.
 QUERIES_KEPT = 4096
 
 
 class PairTemplate:
     """Pairs one query with documents, in the format of llama-server's rerank endpoint.
 
-    That is the GGUF's chat template named ``rerank`` if it has one, with ``{query}`` and
+    The format is the GGUF's chat template named ``rerank`` if it has one, with ``{query}`` and
     ``{document}`` filled in, else ``[BOS] query [EOS][SEP] document [EOS]``, each special token
-    only where the GGUF asks for it (llama.cpp, ``format_prompt_rerank`` in tools/server). Special
-    tokens are read in the template only: one that a query or a document spells stays text.
+    only where the GGUF asks for it (llama.cpp, ``format_prompt_rerank`` in tools/server). Only
+    the template can hold special tokens: in a query or a document their spelling stays text.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ class PairTemplate:
     Raises
     ------
     InputError
-        The query is no str.
+        The query is not a str.
     UnsupportedModelError
         The GGUF's template does not hold ``{document}`` exactly once.
     """
@@ -50,7 +50,7 @@ class PairTemplate:
         self._vocab = vocab = model.vocab
         template = model.chat_template("rerank")
         # A pair is: prefix_ids, then the tokens of prefix_text + document + suffix_text, then
-        # suffix_ids. The two texts touch the document: they must be split together with it.
+        # suffix_ids. The two texts are tokenized together with the document: tokens may span both.
         self._prefix_text = self._suffix_text = ""
         if template is None:
             prefix, suffix = _around_document(vocab, query)
@@ -64,21 +64,21 @@ class PairTemplate:
             suffix = _filled(split_at_special(vocab, after), query)
             self._prefix_text, self._suffix_text = str(prefix.pop()), str(suffix.pop(0))
         self._prefix_ids = ids_of(vocab, prefix)
-        # The document and what closes it are BERT's segment B.
+        # The document and the tokens after it are BERT's segment B.
         shift = vocab.segment_b_offset or 0
         self._suffix_ids = [token + shift for token in ids_of(vocab, suffix)]
 
     def tokenization(
         self, *, limit: int, truncate: Truncate = False, larger: str = ""
     ) -> Tokenization:
-        """Return what turns a document into the token ids of its pair with the query.
+        """Return a tokenization of documents into the token ids of their pairs with the query.
 
         Parameters
         ----------
         limit : int
             Tokens of the longest pair.
         truncate : bool or {"end", "start", "middle"}
-            Where to cut a document that is too long beside the query; never anything else.
+            Where to cut the document of a pair that is too long. Only the document is cut.
         larger : str
             How to make `limit` larger, for error messages.
         """
@@ -98,7 +98,7 @@ class PairTemplate:
 
 
 def _around_document(vocab: Vocab, query: str) -> tuple[list[str | int], list[str | int]]:
-    """Return what stands before and after the document where the GGUF has no template."""
+    """Return the pieces before and after the document for a GGUF without a template."""
     closing = vocab.sep if vocab.eos is None else vocab.eos
     bos = vocab.bos if vocab.add_bos else None
     eos = closing if vocab.add_eos else None
@@ -108,25 +108,25 @@ def _around_document(vocab: Vocab, query: str) -> tuple[list[str | int], list[st
 
 
 def _filled(pieces: list[str | int], query: str) -> list[str | int]:
-    """Return the pieces of a template with the query filled in, whose special tokens stay text."""
+    """Fill the query into the pieces of a template; special tokens in the query stay text."""
     return [
         piece if isinstance(piece, int) else piece.replace("{query}", query) for piece in pieces
     ]
 
 
 class Pairs:
-    """Pairs of a query and a document, which become token ids when a slice is taken.
+    """Pairs of a query and a document. A slice gives their token ids.
 
     Parameters
     ----------
     model : Model
         The reranker.
     pairs : sequence of (str, str)
-        Query and document of each.
+        Query and document of each pair.
     limit : int
         Tokens of the longest pair.
     truncate : bool or {"end", "start", "middle"}
-        Where to cut a document that is too long beside its query.
+        Where to cut the document of a pair that is too long.
     larger : str
         How to make `limit` larger, for error messages.
     """
@@ -156,7 +156,7 @@ class Pairs:
     def _ids(self, index: int) -> np.ndarray:
         pair = self._pairs[index]
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise InputError(f"pair {index} is no (query, document): {pair!r:.80}")
+            raise InputError(f"pair {index} is not a (query, document): {pair!r:.80}")
         query, document = pair
         if not isinstance(query, str):
             raise InputError(f"the query of pair {index} is {type(query).__name__}, not str")

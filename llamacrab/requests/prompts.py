@@ -1,8 +1,8 @@
-"""What a model was trained to see before a query and before a document.
+"""The prompts that a model was trained to see before a query and before a document.
 
 A GGUF made by `llamacrab convert` holds its model's prompts, as ``llamacrab.prompt.<name>``. Other
-GGUFs hold none: the families below are known by the names that their metadata gives. A model that
-is not known has no prompts: nothing is ever put before its texts unasked.
+GGUFs hold none: for the families below, prompts are found by the names in the metadata. An unknown
+model has no prompts: nothing is put before its texts unless the caller asks for it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _NOMIC = {
 }
 
 # Pattern of a name, and the prompts of that family as its authors publish them, on the model card
-# or in its config_sentence_transformers.json. The first that matches counts.
+# or in its config_sentence_transformers.json. The first match counts.
 FAMILIES: tuple[tuple[str, dict[str, str]], ...] = (
     # Both families are trained with these: contrastors, eval/mteb_eval/eval_mteb.py, by Nomic.
     ("nomic-embed-text|modernbert-embed", _NOMIC),
@@ -78,18 +78,18 @@ FAMILIES: tuple[tuple[str, dict[str, str]], ...] = (
             "document": "Represent the document for retrieval: ",
         },
     ),
-    # Trained without prompts, and known to be.
+    # Known to be trained without prompts.
     ("bge-m3|gte-(small|base|large)|all-minilm|all-mpnet", {"query": "", "document": ""}),
 )
 
 
 def prompts_of(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return the prompts of a model by name, empty where none are known.
+    """Return the prompts of a model by name, empty if none are known.
 
     Parameters
     ----------
     metadata : mapping of str to str
-        Of its GGUF, as `Model.metadata`.
+        The metadata of its GGUF, as `Model.metadata`.
     """
     own = {key[len(KEY) :]: value for key, value in metadata.items() if key.startswith(KEY)}
     if own:
@@ -104,10 +104,10 @@ def prompts_of(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def split_at_special(vocab: Vocab, text: str) -> list[str | int]:
-    """Return a prompt or a template in pieces: texts, and between them ids of special tokens.
+    """Split a prompt or a template into pieces: texts, and between them ids of special tokens.
 
-    A text stands first and last, empty where need be. What is filled in between afterwards, or
-    follows, is not read for special tokens.
+    The first and the last piece are texts, possibly empty. Text that is filled in or appended later
+    is not searched for special tokens.
     """
     spelled = {
         vocab.token_to_piece(int(token)).decode("utf-8", "replace"): int(token)
@@ -123,7 +123,7 @@ def split_at_special(vocab: Vocab, text: str) -> list[str | int]:
 
 
 def ids_of(vocab: Vocab, pieces: list[str | int]) -> list[int]:
-    """Return the token ids of such pieces."""
+    """Return the token ids of the pieces that `split_at_special` returns."""
     ids: list[int] = []
     for piece in pieces:
         if isinstance(piece, int):

@@ -1,4 +1,4 @@
-"""Calls that rerank: from pairs of a query and a document to scores."""
+"""Requests that rerank: from pairs of a query and a document to scores."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class RerankResult:
     Attributes
     ----------
     index : int
-        Its place among the documents of the call.
+        Number of the document in the call.
     score : float
         Higher is better.
     document : str or None
-        The document itself, where the call asked for it.
+        The document itself, if the call asked for it.
     """
 
     index: int
@@ -43,25 +43,25 @@ class RerankResult:
 
 
 class Scoring:
-    """What a call makes of the rows of a rank head: scores, or the best documents.
+    """Turns the rows of a rank head into scores, or into sorted results.
 
     Parameters
     ----------
     model : Model
         The reranker.
     activation : {"none", "sigmoid", "softmax"}
-        What is applied to the raw outputs.
+        The function to apply to the raw outputs.
     documents : sequence of str
         The documents.
     top_k : int, optional
-        Give the best so many, sorted.
+        Return only the `top_k` best documents, sorted.
     return_documents : bool
-        Give all or the best, sorted and with their text.
+        Return sorted results that hold the documents.
 
     Raises
     ------
     InputError
-        An argument is wrong, or means nothing for this head.
+        An argument is wrong, or does not fit this head.
     UnsupportedModelError
         The model gives every pair the same score.
     """
@@ -92,9 +92,9 @@ class Scoring:
                 "activation='softmax' is taken over the classes of a head, and this one has a "
                 "single output: every score would be 1. Use 'sigmoid', or compare raw scores"
             )
-        # What is a probability already is not squashed once more.
+        # A probability stays as it is.
         self._activation = "none" if softmaxed else activation
-        # Of the probabilities of yes and no, one says all.
+        # The probability of "yes" alone is enough.
         self._single = n_classes == 1 or (softmaxed and model.cls_labels == ["yes", "no"])
         self._documents = documents
         self._top_k = None if top_k is None else _positive(top_k)
@@ -106,7 +106,7 @@ class Scoring:
             )
 
     def __call__(self, rows: np.ndarray) -> Any:
-        """Return a score for each row, or one for each class, or sorted results."""
+        """Return one score per row, or one per row and class, or sorted results."""
         scores = self.scores(rows)
         if not self._sorted:
             return scores
@@ -118,7 +118,7 @@ class Scoring:
         ]
 
     def scores(self, rows: np.ndarray) -> np.ndarray:
-        """Return a score for each row, or one for each class, in the order of the rows."""
+        """Return one score per row, or one per row and class, in the order of the rows."""
         if self._activation == "sigmoid":
             rows = np.exp(-np.logaddexp(0, -rows))
         elif self._activation == "softmax":
@@ -133,9 +133,9 @@ class RerankRequest:
     Parameters
     ----------
     tokenization : Tokenization
-        Makes an input into the ids of a pair.
+        Turns an input into the token ids of a pair.
     inputs : list of str, or Pairs
-        The documents of one query; or pairs, which are ids already.
+        The documents of one query, or pairs.
     scoring : Scoring
         Turns rows into scores.
     """
@@ -170,8 +170,8 @@ def _positive(top_k: int) -> int:
     raise InputError(f"top_k must be a positive integer, not {top_k!r}")
 
 
-def warn_of_wrong_scores(model: Model) -> None:
-    """Warn of a BERT cross-encoder in which something is missing that its scores depend on."""
+def warn_about_scores(model: Model) -> None:
+    """Warn about a BERT cross-encoder whose file lacks a part that its scores depend on."""
     if model.arch != "bert" or model.vocab.segment_b_offset is not None:
         return
     if not model.has_pooler:
@@ -180,11 +180,11 @@ def warn_of_wrong_scores(model: Model) -> None:
         model.vocab.vocab_type == VocabType.WPM  # other tokenizers know no segments
         and int(model.metadata.get("tokenizer.ggml.token_type_count", "1")) > 1
     ):
-        missing = "llama.cpp takes the document to be part of the query (segment A)"
+        missing = "llama.cpp treats the document as part of the query (segment A)"
     else:
         return
     warnings.warn(
         f"the scores of {model.path} are wrong: {missing}. Convert the model's Hugging Face folder "
-        "with llamacrab.convert, which mends both",
+        "with llamacrab.convert, which writes both",
         stacklevel=3,
     )

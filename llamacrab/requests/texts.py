@@ -1,8 +1,8 @@
-"""From whatever holds texts to a list of them; what holds no texts is refused, with what to pass.
+"""Turn a collection of texts into a list, or raise an error that says what to pass instead.
 
-Iterating is not enough: a data frame yields the names of its columns, a dict its keys, a set its
-texts in no order, an Arrow array objects that are no str. Nothing is imported for this: a column is
-known by the method that turns it into a list, a frame by having columns.
+Iterating is not enough: a data frame yields its column names, a dict its keys, a set its texts in
+no order, and an Arrow array objects that are not str. No package is imported: a column is an object
+with a method that turns it into a list, and a frame is an object with columns.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from llamacrab.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# Of Arrow; of pandas and polars; of numpy.
+# Methods of Arrow; of pandas and polars; of numpy.
 TO_LIST = ("to_pylist", "to_list", "tolist")
-# Of Arrow's tables and the datasets of Hugging Face; of data frames.
+# Attributes of Arrow tables and Hugging Face datasets; of data frames.
 COLUMN_NAMES = ("column_names", "columns")
 
 
 def as_list(texts: Any, caller: str) -> list[Any]:
-    """Return the texts of a call as a list. Its elements are checked when they are encoded.
+    """Return the texts of a call as a list. Its elements are checked when they are tokenized.
 
     Parameters
     ----------
@@ -36,7 +36,7 @@ def as_list(texts: Any, caller: str) -> list[Any]:
     Raises
     ------
     InputError
-        It is one text, it holds no texts, or it holds them in no order.
+        `texts` is one text, does not hold texts, or has no order.
     """
     if isinstance(texts, list):
         return texts
@@ -66,7 +66,7 @@ def as_pairs(pairs: Any, caller: str) -> list[Any]:
 
 
 def is_one(texts: Any, caller: str) -> bool:
-    """Return whether this is one text or the token ids of one; False where it is many texts."""
+    """Return True for one text or the token ids of one text, and False for several texts."""
     if isinstance(texts, str):
         return True
     if not isinstance(texts, list):
@@ -90,38 +90,38 @@ def _listed(texts: Any, caller: str) -> list[Any]:
 
 
 def _check(texts: Any, caller: str) -> None:
-    wrong = f"{caller} takes a list of texts, not"
+    message = f"{caller} takes a list of texts, not"
     _check_kind(
-        texts, wrong, of_mapping="list(d.values())", of_frame='one of its columns, df["column"]'
+        texts, message, of_mapping="list(d.values())", of_frame='one of its columns, df["column"]'
     )
     # Rows of an array may be the token ids of texts.
     if getattr(texts, "ndim", 1) != 1 and _kind(texts) not in ("i", "u", ""):
         instead = "one of its columns, array[:, 0]" if texts.ndim else "[array.item()]"
-        raise InputError(f"{wrong} an array of shape {tuple(texts.shape)}: pass {instead}")
+        raise InputError(f"{message} an array of shape {tuple(texts.shape)}: pass {instead}")
 
 
-def _check_kind(data: Any, wrong: str, *, of_mapping: str, of_frame: str) -> None:
-    """Refuse what yields something else than it holds, or nothing."""
+def _check_kind(data: Any, message: str, *, of_mapping: str, of_frame: str) -> None:
+    """Raise for a collection that does not yield its texts in order."""
     kind = type(data).__name__
     if isinstance(data, str):
-        raise InputError(f"{wrong} one str: pass [text]")
+        raise InputError(f"{message} one str: pass [text]")
     if isinstance(data, (bytes, bytearray, memoryview)):
-        raise InputError(f"{wrong} {kind}: pass [data.decode()]")
+        raise InputError(f"{message} {kind}: pass [data.decode()]")
     if isinstance(data, Mapping):
-        raise InputError(f"{wrong} a {kind}, which yields its keys: pass {of_mapping}")
-    if kind == "LazyFrame":  # which would have to be computed to tell its columns
-        raise InputError(f"{wrong} a {kind}: call its collect(), and pass {of_frame}")
+        raise InputError(f"{message} a {kind}, which yields its keys: pass {of_mapping}")
+    if kind == "LazyFrame":  # its columns are not known before it is computed
+        raise InputError(f"{message} a {kind}: call its collect(), and pass {of_frame}")
     if (names := _column_names(data)) is not None:
         listed = ", ".join(map(str, names[:8])) + (", ..." if len(names) > 8 else "")
-        raise InputError(f"{wrong} a {kind} with the columns {listed}: pass {of_frame}")
+        raise InputError(f"{message} a {kind} with the columns {listed}: pass {of_frame}")
     if isinstance(data, Set) and not isinstance(data, MappingView):
-        raise InputError(f"{wrong} a {kind}, which has no order: pass sorted(s)")
+        raise InputError(f"{message} a {kind}, which has no order: pass sorted(s)")
     if not hasattr(type(data), "__iter__") and not hasattr(type(data), "__getitem__"):
-        raise InputError(f"{wrong} {kind}")
+        raise InputError(f"{message} {kind}")
 
 
 def _kind(data: Any) -> str:
-    """Return numpy's letter for the kind of an array's elements, empty where there is none."""
+    """Return numpy's letter for the kind of an array's elements, or an empty str."""
     return str(getattr(getattr(data, "dtype", None), "kind", ""))
 
 
@@ -129,7 +129,7 @@ def _column_names(data: Any) -> list[Any] | None:
     if (names := getattr(getattr(data, "dtype", None), "names", None)) is not None:
         return list(names)  # a structured array
     for name in COLUMN_NAMES:
-        # Asked of the class: an instance may have attributes of any name.
+        # Look at the class: an instance may have attributes of any name.
         if hasattr(type(data), name):
             return list(getattr(data, name))
     return None

@@ -1,12 +1,13 @@
 """Convert a BERT embedder or cross-encoder into a GGUF, without torch.
 
-The keys and tensor names are those of llama.cpp's own converter, so that either file gives the same
-vectors. Only the packages `gguf` and `safetensors` are needed (extra ``minilm``).
+The keys and tensor names are those of llama.cpp's own converter, so that both files give the same
+embeddings. Only the packages `gguf` and `safetensors` are needed (extra ``minilm``).
 
-A cross-encoder needs two things that llama.cpp's converter does not give it. Its pooler, a dense
-layer before the classifier, is written as ``cls``, after which llama.cpp's graph takes tanh as BERT
-does. And since that graph takes every token for one of segment A, the vocabulary is written twice:
-the second time with (type B - type A) added, for the ids of the document.
+For a cross-encoder this converter writes two things that llama.cpp's does not. The first is its
+pooler, a dense layer before the classifier: it is written as ``cls``, and llama.cpp's graph applies
+tanh after it, as in BERT. The second is segment B: llama.cpp's graph treats every token as one of
+segment A, so the token embeddings are written twice, the second time with (type B - type A) added,
+for the ids of the document.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ if TYPE_CHECKING:
 
 OUTTYPES = ("f32", "f16", "bf16", "q8_0")
 
-# Where a cross-encoder's head goes. It stays float32: it is small, and every score passes through.
+# Names of a cross-encoder's head in the GGUF. It is small and sets the scores: it stays float32.
 HEAD = {
     "pooler.dense.weight": "cls.weight",
     "pooler.dense.bias": "cls.bias",
     "classifier.weight": "cls.output.weight",
     "classifier.bias": "cls.output.bias",
 }
-# Weights that llama.cpp's converter reads, and this one does not.
+# Files of weights that only llama.cpp's converter reads.
 OTHER_WEIGHTS = ("model.safetensors.index.json", "pytorch_model.bin")
 WORDS = "embeddings.word_embeddings.weight"
 TYPES = "embeddings.token_type_embeddings.weight"
@@ -59,19 +60,20 @@ def convert(
     ----------
     folder : path
         A Hugging Face or sentence-transformers folder: ``config.json``, ``model.safetensors``,
-        ``vocab.txt`` or ``tokenizer.json``, and, if it says how to pool, ``modules.json``. A
-        ``BertForSequenceClassification`` becomes a reranker. The tokenizer is WordPiece, or
-        Unigram as that of multilingual-e5-small.
+        ``vocab.txt`` or ``tokenizer.json``, and optionally ``modules.json``, which names the
+        pooling. A ``BertForSequenceClassification`` becomes a reranker. The tokenizer is WordPiece,
+        or Unigram as in multilingual-e5-small.
     destination : path
-        The GGUF to write. It appears whole or not at all.
+        The GGUF to write. It is written atomically.
     outtype : {"bf16", "f16", "f32", "q8_0"}
         Type of the matrices; vectors, positions and token types stay float32, as in llama.cpp's
-        converter. Least cosine to sentence-transformers on the 200 texts of
+        converter. Smallest cosine to sentence-transformers on the 200 texts of
         the tests, all-MiniLM-L6-v2: 0.99995 for bf16, 0.999995 for f32, 0.9975 for q8_0.
     pooling : {"mean", "cls", "last"} or PoolingType, optional
-        How an embedder's vectors are made of those of its tokens. By default what the folder says;
-        else what is known of its family, by its name: bge, snowflake-arctic-embed, gte, e5,
-        mxbai-embed-large, all-MiniLM and paraphrase-MiniLM. Else it is left open, with a warning.
+        The pooling of an embedder. By default the one that the folder names, else that of the
+        model's family, which is found by its name: bge, snowflake-arctic-embed, gte, e5,
+        mxbai-embed-large, all-MiniLM and paraphrase-MiniLM. For other models the GGUF names no
+        pooling, and a warning says so.
 
     Returns
     -------
@@ -81,14 +83,14 @@ def convert(
     Raises
     ------
     ConvertError
-        The folder lacks a file, or holds a model that this converter does not know.
+        The folder lacks a file, or holds a model that this converter does not support.
     MissingExtraError
         `gguf` or `safetensors` is not installed.
 
     Warns
     -----
     UserWarning
-        Nothing says how to pool, and llamacrab will take the mean over all tokens; or `pooling`
+        The pooling is not known, so llamacrab will use the mean over all tokens; or `pooling`
         contradicts the folder.
     """
     if outtype not in OUTTYPES:
@@ -98,17 +100,17 @@ def convert(
     config = read_json(folder / "config.json")
     _refuse_unknown(config)
     tensors = {
-        _as_saved_today(name): tensor for name, tensor in _tensors(folder / "model.safetensors")
+        _current_name(name): tensor for name, tensor in _tensors(folder / "model.safetensors")
     }
     tokenizer = Tokenizer(folder)
     is_reranker = _is_reranker(config)
-    how: str | None = "RANK"
+    pooling_name: str | None = "RANK"
     if is_reranker:
         if pooling is not None:
             raise ConvertError(f"{folder} holds a cross-encoder, which has no pooling to choose")
         _check_head(folder, config, tensors)
     else:
-        how = choose(folder, config, pooling)
+        pooling_name = choose(folder, config, pooling)
 
     destination.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=destination.parent, prefix=f".{destination.name}.")
@@ -118,8 +120,8 @@ def convert(
         _write_header(writer, gguf, folder, config, outtype)
         for prompt_name, prompt in _prompts(folder).items():
             writer.add_string(f"{PROMPT_KEY}{prompt_name}", prompt)
-        if how is not None:
-            writer.add_pooling_type(gguf.PoolingType[how])
+        if pooling_name is not None:
+            writer.add_pooling_type(gguf.PoolingType[pooling_name])
         if is_reranker:
             writer.add_array("bert.classifier.output_labels", _labels(config, tensors))
         twice = is_reranker and tokenizer.has_segments and len(tensors[TYPES]) > 1
@@ -133,7 +135,7 @@ def convert(
         writer.write_tensors_to_file()
         writer.close()
         _check(name, folder)
-        # mkstemp makes private files; the result gets what `open` would have given it.
+        # mkstemp makes private files: give the result the permissions of a new file.
         umask = os.umask(0)
         os.umask(umask)
         Path(name).chmod(0o666 & ~umask)
@@ -144,7 +146,7 @@ def convert(
 
 
 def _check(name: str, folder: Path) -> None:
-    """Refuse what llama.cpp cannot load: tensors of other sizes, tensors missing, NaN."""
+    """Raise if llama.cpp cannot load the file: wrong sizes, missing tensors, NaN."""
     try:
         Model(name, check_tensors=True).close()
     except LlamaError as error:
@@ -152,10 +154,10 @@ def _check(name: str, folder: Path) -> None:
 
 
 def _refuse_unknown(config: dict[str, Any]) -> None:
-    """Refuse what llama.cpp's graph for BERT would compute differently, or not at all."""
+    """Raise for a model that llama.cpp's graph for BERT cannot compute, or computes differently."""
     kind = config.get("model_type")
     if kind != "bert":
-        raise ConvertError(f"model_type is {kind!r}; this converter knows 'bert' only. {ELSEWHERE}")
+        raise ConvertError(f"model_type is {kind!r}; only 'bert' is supported. {ELSEWHERE}")
     heads = [name for name in config.get("architectures") or [] if "Classification" in name]
     if heads and not _is_reranker(config):
         raise ConvertError(f"{heads[0]} has a head that gives no score to a text as a whole")
@@ -164,7 +166,7 @@ def _refuse_unknown(config: dict[str, Any]) -> None:
         raise ConvertError(f"hidden_act is {activation!r}; llama.cpp computes GELU for BERT")
     if config.get("is_decoder"):
         raise ConvertError("is_decoder is true; llama.cpp lets the tokens of BERT see each other")
-    epsilon = config.setdefault("layer_norm_eps", 1e-12)  # as transformers has it
+    epsilon = config.setdefault("layer_norm_eps", 1e-12)  # the default of transformers
     if not isinstance(epsilon, float) or epsilon < 0:
         raise ConvertError(f"config.json must give layer_norm_eps, a number, not {epsilon!r}")
     positions = config.get("position_embedding_type", "absolute")
@@ -172,8 +174,8 @@ def _refuse_unknown(config: dict[str, Any]) -> None:
         raise ConvertError(f"position_embedding_type is {positions!r}, not 'absolute'")
 
 
-def _as_saved_today(name: str) -> str:
-    """Return the name that transformers gives a tensor now; files from TensorFlow's time differ."""
+def _current_name(name: str) -> str:
+    """Return a tensor's name in current transformers; old files, from TensorFlow, have others."""
     stem, dot, last = name.removeprefix("bert.").rpartition(".")
     return stem + dot + {"gamma": "weight", "beta": "bias"}.get(last, last)
 
@@ -185,7 +187,7 @@ def _is_reranker(config: dict[str, Any]) -> bool:
 def _check_head(
     folder: Path, config: dict[str, Any], tensors: dict[str, np.ndarray[Any, Any]]
 ) -> None:
-    """Refuse a reranker without the tensors that we read before llama.cpp does."""
+    """Raise for a reranker without the tensors that are read here, before llama.cpp checks them."""
     for name in (WORDS, TYPES, *HEAD):
         if name not in tensors:
             raise ConvertError(f"{folder} lacks the tensor {name}")
@@ -195,10 +197,10 @@ def _check_head(
 
 
 def _labels(config: dict[str, Any], tensors: dict[str, np.ndarray[Any, Any]]) -> list[str]:
-    """Return the names of the classes; where the config does not say, those of transformers."""
-    said = config.get("id2label")
-    said = said if isinstance(said, dict) else {}
-    return [str(said.get(str(i), f"LABEL_{i}")) for i in range(len(tensors["classifier.weight"]))]
+    """Return the names of the classes, by default those of transformers."""
+    names = config.get("id2label")
+    names = names if isinstance(names, dict) else {}
+    return [str(names.get(str(i), f"LABEL_{i}")) for i in range(len(tensors["classifier.weight"]))]
 
 
 def _write_header(
@@ -220,9 +222,9 @@ def _write_header(
 
 
 def _prompts(folder: Path) -> dict[str, str]:
-    """Return the prompts that sentence-transformers keeps beside a model, by name."""
-    said = read_json(folder / "config_sentence_transformers.json", optional=True)
-    prompts = said.get("prompts")
+    """Return the prompts in the folder's sentence-transformers config, by name."""
+    settings = read_json(folder / "config_sentence_transformers.json", optional=True)
+    prompts = settings.get("prompts")
     if not isinstance(prompts, dict):
         return {}
     return {str(name): str(prompt) for name, prompt in prompts.items()}
@@ -244,7 +246,7 @@ def _write_tensors(
             writer.add_tensor(HEAD[source], tensor)
             continue
         if source.startswith(("pooler.", "cls.")) or source.endswith("position_ids"):
-            continue  # of no use to an embedding
+            continue  # not used for embeddings
         name = names.get_name(source, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise ConvertError(f"{folder} holds a tensor that BERT does not have: {source}")
@@ -256,7 +258,7 @@ def _write_tensors(
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
-    """Yield the tensors of a safetensors file as float32, whatever float they are stored in."""
+    """Yield the tensors of a safetensors file as float32, from any float type."""
     safetensors = require("safetensors", extra="minilm")
     try:
         stored = safetensors.deserialize(path.read_bytes())
@@ -266,9 +268,9 @@ def _tensors(path: Path) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
         raise ConvertError(f"{path.parent} lacks {path.name}{other}") from None
     except (OSError, safetensors.SafetensorError) as error:
         raise ConvertError(f"cannot read {path}: {error}") from None
-    # Sorted, as safetensors gives them in another order each time. The file must come out the same:
-    # one process may put it in place while another, which did the same work, is loading it, and
-    # llama.cpp opens it anew for its header and for its weights.
+    # Sorted, as the order of safetensors differs between calls, and the file must be the same each
+    # time: one process may replace it while another process is loading it, and llama.cpp opens it
+    # twice, for its header and for its weights.
     for name, info in sorted(stored, key=lambda item: item[0]):
         if info["dtype"] == "BF16":  # numpy has no bfloat16: it is the upper half of a float32
             data = (np.frombuffer(info["data"], "<u2").astype("<u4") << 16).view("<f4")

@@ -1,4 +1,4 @@
-"""Read the files of a model's folder, and say in one line which of them cannot be used, and why."""
+"""Read the files of a model's folder. Errors name the file and the reason in one line."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from llamacrab.errors import ConvertError
 if TYPE_CHECKING:
     from pathlib import Path
 
-# What to do with a folder that holds a model of another kind.
+# Advice for a folder with a model of another kind.
 ELSEWHERE = (
-    "llama.cpp's own converter may take it: python convert_hf_to_gguf.py FOLDER"
+    "llama.cpp's own converter may support it: python convert_hf_to_gguf.py FOLDER"
     " --outfile MODEL.gguf"
 )
 
@@ -35,18 +35,18 @@ def parse(path: Path) -> Any:
 
 
 def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
-    """Return the object in a JSON file; an empty one where an optional file is not there."""
+    """Return the object in a JSON file; an empty one if an optional file does not exist."""
     if optional and not path.is_file():
         return {}
-    read = parse(path)
-    if not isinstance(read, dict):
-        raise ConvertError(f"{path} holds no JSON object")
-    return read
+    value = parse(path)
+    if not isinstance(value, dict):
+        raise ConvertError(f"{path} does not hold a JSON object")
+    return value
 
 
 def size(config: dict[str, Any], key: str) -> int:
     """Return a size that the model's config must give."""
-    said = config.get(key)
-    if not isinstance(said, int) or said < 1:
-        raise ConvertError(f"config.json must give {key}, a positive integer, not {said!r}")
-    return said
+    value = config.get(key)
+    if not isinstance(value, int) or value < 1:
+        raise ConvertError(f"config.json must give {key}, a positive integer, not {value!r}")
+    return value

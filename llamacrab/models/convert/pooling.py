@@ -1,4 +1,4 @@
-"""How the vectors of a folder's model are pooled: as asked, as its files say, or as is known."""
+"""Find the pooling of a folder's model: from the caller, its files, or the model's family."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 POOLINGS = ("mean", "cls", "last")
 
-# Pattern of a name, and how that family of BERT embedders pools. The first that matches counts.
+# Pattern of a name, and how that family of BERT embedders pools. The first match counts.
 # From the code on their model cards: `[:, 0]` (CLS) or `average_pool` / `mean_pooling`. fastembed
-# has the same in its lists of models (pull request 486 there put gte-large right). What is not
-# here, such as bge-micro and mxbai-embed-xsmall, may pool otherwise than its relatives.
+# has the same in its lists of models (its pull request 486 corrected gte-large). Models that are
+# not here, such as bge-micro and mxbai-embed-xsmall, may pool differently from their relatives.
 FAMILIES = (
     ("bge-(small|base|large)-(en|zh)", "CLS"),
     ("snowflake-arctic-embed", "CLS"),
@@ -31,20 +31,20 @@ FAMILIES = (
 )
 
 
-def choose(folder: Path, config: dict[str, Any], asked: PoolingType | str | None) -> str | None:
+def choose(folder: Path, config: dict[str, Any], wanted: PoolingType | str | None) -> str | None:
     """Return the name of the pooling to write into the GGUF, or None to leave it open.
 
-    Warns where `asked` contradicts the folder, and where nothing says how to pool.
+    Warn if `wanted` contradicts the folder, or if the pooling is not known.
     """
-    said = _said(folder)
-    if asked is not None:
-        pooling = asked.name if isinstance(asked, PoolingType) else str(asked).upper()
+    configured = _configured(folder)
+    if wanted is not None:
+        pooling = wanted.name if isinstance(wanted, PoolingType) else str(wanted).upper()
         if pooling.lower() not in POOLINGS:
-            raise ConvertError(f"pooling must be one of {', '.join(POOLINGS)}, not {asked!r}")
-        if said not in (None, pooling):
-            _warn(f"pooling {pooling} contradicts {folder}, which says {said}")
+            raise ConvertError(f"pooling must be one of {', '.join(POOLINGS)}, not {wanted!r}")
+        if configured not in (None, pooling):
+            _warn(f"pooling {pooling} contradicts {folder}, which says {configured}")
         return pooling
-    if known := said or _known(folder, config):
+    if known := configured or _known(folder, config):
         return known
     _warn(
         f"{folder} does not say how its vectors are pooled, and it is of no family that is known: "
@@ -59,32 +59,32 @@ def _warn(message: str) -> None:
     warnings.warn(message, stacklevel=4)  # where `convert` was called
 
 
-def _said(folder: Path) -> str | None:
-    """Return the pooling that sentence-transformers would do: "MEAN", "CLS", "LAST" or None."""
+def _configured(folder: Path) -> str | None:
+    """Return the pooling of sentence-transformers: "MEAN", "CLS", "LAST" or None."""
     if not (folder / "modules.json").is_file():
-        # The folder of a download that left out some files.
+        # A download without all files.
         place = folder / "1_Pooling"
         return _mode(place) if (place / "config.json").is_file() else None
     try:
         modules = {m["type"].rpartition(".")[2]: m["path"] for m in parse(folder / "modules.json")}
     except (KeyError, TypeError, AttributeError):
-        raise ConvertError(f"{folder / 'modules.json'} holds no list of modules") from None
+        raise ConvertError(f"{folder / 'modules.json'} does not hold a list of modules") from None
     if others := set(modules) - {"Transformer", "Pooling", "Normalize"}:
         raise ConvertError(f"{folder} has a module that a GGUF cannot hold: {min(others)}")
     return _mode(folder / modules["Pooling"]) if "Pooling" in modules else None
 
 
 def _mode(place: Path) -> str:
-    said = read_json(place / "config.json")
+    settings = read_json(place / "config.json")
     known = {"mean_tokens": "MEAN", "cls_token": "CLS", "lasttoken": "LAST"}
     chosen = [
         key.removeprefix("pooling_mode_")
-        for key, value in said.items()
+        for key, value in settings.items()
         if key.startswith("pooling_mode_") and value is True
     ]
-    if not chosen and isinstance(said.get("pooling_mode"), str):
+    if not chosen and isinstance(settings.get("pooling_mode"), str):
         modes = {"mean": "mean_tokens", "cls": "cls_token", "lasttoken": "lasttoken"}
-        chosen = [modes.get(said["pooling_mode"], said["pooling_mode"])]
+        chosen = [modes.get(settings["pooling_mode"], settings["pooling_mode"])]
     if len(chosen) != 1 or chosen[0] not in known:
         raise ConvertError(
             f"{place}: mean, cls and last-token pooling are supported, not {' + '.join(chosen)!r}"
@@ -93,8 +93,8 @@ def _mode(place: Path) -> str:
 
 
 def _known(folder: Path, config: dict[str, Any]) -> str | None:
-    for said in _names(folder, config):
-        name = re.sub(r"[\s_]+", "-", said.strip().lower())
+    for candidate in _names(folder, config):
+        name = re.sub(r"[\s_]+", "-", candidate.strip().lower())
         for pattern, pooling in FAMILIES:
             if re.search(rf"(?<![a-z0-9]){pattern}", name):
                 return pooling
@@ -102,7 +102,7 @@ def _known(folder: Path, config: dict[str, Any]) -> str | None:
 
 
 def _names(folder: Path, config: dict[str, Any]) -> Iterator[str]:
-    """Yield what the model may be called, the surest first."""
+    """Yield possible names of the model, the most reliable first."""
     place = folder.resolve()
     yield place.name
     if place.parent.name == "snapshots":  # models--OWNER--NAME/snapshots/COMMIT, a download's cache
@@ -110,9 +110,9 @@ def _names(folder: Path, config: dict[str, Any]) -> Iterator[str]:
     card = folder / "README.md"
     if card.is_file():
         text = card.read_text(encoding="utf-8", errors="replace")
-        # The name that its results are listed under, and its title.
+        # The name in its list of results, and its title.
         for pattern in (r"^model-index:\s*-\s*name:\s*(\S+)", r"^# (.+)"):
             if found := re.search(pattern, text, re.MULTILINE):
                 yield found[1]
-    # What it was trained from, or itself.
+    # The model that it was trained from, or its own name.
     yield str(config.get("_name_or_path") or "")

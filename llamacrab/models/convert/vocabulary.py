@@ -1,7 +1,7 @@
-"""Write the vocabulary of a BERT model: WordPiece, or Unigram as multilingual-e5-small has it.
+"""Write the vocabulary of a BERT model: WordPiece, or Unigram as in multilingual-e5-small.
 
-Ids, kinds and scores are those of llama.cpp's own converter: for Unigram what it does for XLM-R,
-whose tokenizer such models have taken.
+Ids, kinds and scores are those of llama.cpp's own converter; for Unigram those for XLM-R, whose
+tokenizer such models use.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from llamacrab.models.convert.folder import ELSEWHERE, read_json, read_text, siz
 if TYPE_CHECKING:
     from pathlib import Path
 
-# The converter calls a token special by its role; these are the roles that BERT has, and how the
-# tokens are spelled where a tokenizer does not say.
+# The converter calls a token special by its role; these are the roles that BERT has, and their
+# default spellings.
 WORDPIECE = {role: f"[{role.upper()}]" for role in ("pad", "unk", "cls", "sep", "mask")}
 UNIGRAM = {"pad": "<pad>", "unk": "<unk>", "cls": "<s>", "sep": "</s>", "mask": "<mask>"}
 
@@ -26,30 +26,30 @@ LEAST_SCORE = -10000.0
 
 
 class Tokenizer:
-    """What a folder says about its tokenizer, read once.
+    """The tokenizer files of a folder, read once.
 
     Attributes
     ----------
     folder : Path
         The model's folder.
     settings : dict
-        Of ``tokenizer_config.json``.
+        The content of ``tokenizer_config.json``.
     is_unigram : bool
-        Whether it is that of sentencepiece, with a score for each token, or else WordPiece.
+        Whether it is Unigram (sentencepiece), with one score per token, or else WordPiece.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Read the files; neither need be there."""
+        """Read the files; both are optional."""
         self.folder = folder
         self.settings = read_json(folder / "tokenizer_config.json", optional=True)
-        self._said = read_json(folder / "tokenizer.json", optional=True)
-        model = self._said.get("model")
+        self._tokenizer = read_json(folder / "tokenizer.json", optional=True)
+        model = self._tokenizer.get("model")
         self._model: dict[str, Any] = model if isinstance(model, dict) else {}
         self.is_unigram = isinstance(self._model.get("vocab"), list)
 
     @property
     def has_segments(self) -> bool:
-        """Whether a model is given the types of tokens, which tell a document from a query."""
+        """Whether the model gets token types, which distinguish a document from a query."""
         usual = ["input_ids"] if self.is_unigram else ["token_type_ids"]
         return "token_type_ids" in (self.settings.get("model_input_names") or usual)
 
@@ -63,7 +63,7 @@ class Tokenizer:
                     f"vocab.txt. {ELSEWHERE}"
                 )
             lines = read_text(self.folder / "vocab.txt").rstrip("\n").split("\n")
-            vocabulary = {token: i for i, token in enumerate(lines)}  # of equal ones the last
+            vocabulary = {token: i for i, token in enumerate(lines)}  # of equal tokens the last
         if not all(isinstance(i, int) and i >= 0 for i in vocabulary.values()):
             raise ConvertError(f"{self.folder / 'tokenizer.json'} has tokens without an id")
         return {i: token for token, i in vocabulary.items()}
@@ -72,38 +72,38 @@ class Tokenizer:
         """Return the tokens of a Unigram vocabulary and their scores, in the order of their ids."""
         if self._model.get("byte_fallback"):
             raise ConvertError(
-                f"{self.folder}: its tokenizer has byte_fallback, which llama.cpp's for Unigram "
-                "does not know"
+                f"{self.folder}: its tokenizer has byte_fallback, which llama.cpp's Unigram "
+                "tokenizer does not support"
             )
         try:
             return [(str(piece), float(score)) for piece, score in self._model["vocab"]]
         except (TypeError, ValueError):
             raise ConvertError(
-                f"{self.folder / 'tokenizer.json'} has a vocabulary that is no list of tokens and "
-                "scores"
+                f"{self.folder / 'tokenizer.json'} has a vocabulary that is not a list of tokens "
+                "and scores"
             ) from None
 
     def added(self, n_tokens: int) -> dict[int, dict[str, Any]]:
         """Return the tokens added to the vocabulary by id, if the model has a row for them."""
-        by_id = {token.get("id", -1): token for token in self._said.get("added_tokens") or []}
+        by_id = {token.get("id", -1): token for token in self._tokenizer.get("added_tokens") or []}
         return {i: token for i, token in by_id.items() if 0 <= i < n_tokens and "content" in token}
 
     def spelling(self, role: str) -> str:
         """Return how the token with this role is spelled."""
-        said = self.settings.get(f"{role}_token")
-        said = said.get("content") if isinstance(said, dict) else said
-        return str(said or (UNIGRAM if self.is_unigram else WORDPIECE)[role])
+        token = self.settings.get(f"{role}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        return str(token or (UNIGRAM if self.is_unigram else WORDPIECE)[role])
 
     def steps(self, key: str, parts: str) -> list[dict[str, Any]]:
-        """Return the parts of a step such as "normalizer"; one that has none is its only part."""
-        step = self._said.get(key) or {}
+        """Return the parts of a step such as "normalizer"; without parts, the step itself."""
+        step = self._tokenizer.get(key) or {}
         return list(step.get(parts, [step] if step else []))
 
 
 def write_vocabulary(
     writer: Any, gguf: Any, tokenizer: Tokenizer, config: dict[str, Any], *, twice: bool
 ) -> None:
-    """Write the tokens, their kinds and roles, and how text is split into them."""
+    """Write the tokens, their kinds and roles, and the settings of the tokenizer."""
     unigram, folder = tokenizer.is_unigram, tokenizer.folder
     pieces = tokenizer.pieces() if unigram else []
     tokens = {i: piece for i, (piece, _) in enumerate(pieces)} if unigram else tokenizer.words()
@@ -121,7 +121,7 @@ def write_vocabulary(
         if special[role] is None:
             raise ConvertError(f"the vocabulary of {folder} lacks {tokenizer.spelling(role)}")
 
-    # An id without a token keeps its place, as one that is not used.
+    # An id without a token is written as unused.
     kind = gguf.TokenType
     spelled = [tokens.get(i, f"[PAD{i}]") for i in range(n_tokens)]
     kinds = [kind.NORMAL if i in tokens else kind.UNUSED for i in range(n_tokens)]
@@ -138,8 +138,8 @@ def write_vocabulary(
         ]
     if twice:
         writer.add_uint32(SEGMENT_B_OFFSET, n_tokens)
-        # A word never holds a space, so that no text can be split into these. Neither are they
-        # control tokens, for each of which llama.cpp searches every text.
+        # A word never holds a space, so no text is tokenized into these. They are not control
+        # tokens, as llama.cpp searches every text for each control token.
         spelled += [f" {i}" for i in range(n_tokens)]
         kinds += [kind.UNUSED] * n_tokens
 
@@ -157,7 +157,7 @@ def write_vocabulary(
     writer.add_add_sep_token(unigram)  # pairs: <s> A </s></s> B </s>, and [CLS] A [SEP] B [SEP]
     if unigram:
         scores = [score for _, score in pieces]
-        # Tokens that were added are found before any score counts.
+        # Added tokens are found first; their scores are not used.
         scores += [0.0 if i in added else LEAST_SCORE for i in range(len(scores), len(spelled))]
         writer.add_token_scores(scores)
         _write_unigram(writer, tokenizer)
@@ -166,7 +166,7 @@ def write_vocabulary(
 
 
 def _phantom(token: str) -> str:
-    """Spell a WordPiece as llama.cpp does: U+2581 before what starts a word, nothing else."""
+    """Spell a WordPiece as llama.cpp does: U+2581 before a token that starts a word."""
     return token[2:] if token.startswith("##") else "\u2581" + token
 
 
@@ -179,7 +179,7 @@ def _write_wordpiece(writer: Any, tokenizer: Tokenizer) -> None:
         if step.get("type") == "BertNormalizer":
             lowercase, strip_accents = step.get("lowercase", True), step.get("strip_accents")
     writer.add_bool("tokenizer.ggml.normalizer.lowercase", bool(lowercase))
-    if strip_accents is not None:  # else it follows `lowercase`
+    if strip_accents is not None:  # the default is the value of `lowercase`
         writer.add_bool("tokenizer.ggml.normalizer.strip_accents", strip_accents)
 
 
@@ -187,10 +187,10 @@ def _write_unigram(writer: Any, tokenizer: Tokenizer) -> None:
     normalizers = tokenizer.steps("normalizer", "normalizers")
     splitters = tokenizer.steps("pre_tokenizer", "pretokenizers")
     kinds = {step.get("type") for step in (*normalizers, *splitters)}
-    # Replace and WhitespaceSplit make one space of several, as sentencepiece does itself.
+    # Replace and WhitespaceSplit turn several spaces into one, as sentencepiece does.
     if others := kinds - {"Precompiled", "Replace", "Strip", "WhitespaceSplit", "Metaspace"}:
         odd = min(map(str, others))
-        raise ConvertError(f"{tokenizer.folder}: llama.cpp's Unigram tokenizer knows no step {odd}")
+        raise ConvertError(f"{tokenizer.folder}: llama.cpp's Unigram tokenizer has no step {odd}")
     writer.add_tokenizer_model("t5")
     writer.add_tokenizer_pre("default")
     writer.add_add_space_prefix(any(map(_adds_prefix, splitters)))
@@ -201,6 +201,6 @@ def _write_unigram(writer: Any, tokenizer: Tokenizer) -> None:
 
 
 def _adds_prefix(step: dict[str, Any]) -> bool:
-    """Return whether a splitter puts U+2581 before a text; older files say so in another way."""
+    """Return whether a splitter puts U+2581 before a text; older files use another key."""
     usual = "always" if step.get("add_prefix_space", True) else "never"
     return step.get("type") == "Metaspace" and step.get("prepend_scheme", usual) != "never"
