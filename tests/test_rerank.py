@@ -222,11 +222,11 @@ def test_many_pairs_keep_their_order(load):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ("ab", r"pair 1 is no \(query, document\): 'ab'"),
-        (("q",), "pair 1 is no"),
-        (("q", "d", "x"), "pair 1 is no"),
-        (3, "pair 1 is no"),
-        (None, "pair 1 is no"),
+        ("ab", r"pair 1 is not a \(query, document\): 'ab'"),
+        (("q",), "pair 1 is not a"),
+        (("q", "d", "x"), "pair 1 is not a"),
+        (3, "pair 1 is not a"),
+        (None, "pair 1 is not a"),
         ((3, "d"), "the query of pair 1 is int, not str"),
         (([], "d"), "the query of pair 1 is list, not str"),
         (("q", None), "text 1 is missing"),
