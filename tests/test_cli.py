@@ -14,7 +14,7 @@ import pytest
 from helpers import DATA, gguf_path, python, rewrite_gguf
 
 from llamacrab import Llama, Model, PoolingType
-from llamacrab.cli.app import _open
+from llamacrab.cli.options import open_llama
 
 MODEL = str(gguf_path("tiny-bert"))
 RERANKER = str(gguf_path("tiny-bert-rank"))
@@ -168,7 +168,7 @@ def test_info_and_versions_say_what_is_there():
 
 def test_threads_are_the_cpus_of_all_contexts():
     # In this process, where the Llama that the command makes can be looked at.
-    with _open(
+    with open_llama(
         MODEL, PoolingType.UNSPECIFIED, n_ctx=0, threads=1, n_gpu_layers=0, cpu_backend="auto",
         devices=(),
     ) as llama:  # fmt: skip
