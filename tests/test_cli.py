@@ -15,6 +15,7 @@ from helpers import DATA, gguf_path, python, rewrite_gguf
 
 from llamacrab import Llama, Model, PoolingType
 from llamacrab.cli.options import open_llama
+from llamacrab.models.default import default_model_path
 
 MODEL = str(gguf_path("tiny-bert"))
 RERANKER = str(gguf_path("tiny-bert-rank"))
@@ -278,7 +279,7 @@ def test_convert_and_fetch_say_where_the_model_is(tmp_path):
     assert (done.returncode, done.stdout) == (1, "")
     assert "lacks config.json" in done.stderr
     done = run("fetch")
-    assert "all-MiniLM-L6-v2-bf16.gguf" in done.stdout
+    assert default_model_path().name in done.stdout
 
 
 def test_convert_takes_a_pooling_or_warns_in_one_line(tmp_path):

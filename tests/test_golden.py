@@ -43,9 +43,10 @@ def test_minilm_vectors_by_default_have_cosine_0_9999_to_sentence_transformers(m
 
 @pytest.mark.parametrize(("outtype", "least"), [("f32", 0.99999), ("q8_0", 0.997)])
 def test_minilm_vectors_of_other_types_stay_close(outtype, least):
+    some = [*range(0, 160, 2), 169]  # short ones, and one of the longest
     with Llama(fetch_default_model(outtype)) as llama:
-        vectors = llama.embed_texts(TEXTS)
-    assert cosines(vectors, golden("minilm")["vectors"]).min() >= least
+        vectors = llama.embed_texts([TEXTS[i] for i in some])
+    assert cosines(vectors, golden("minilm")["vectors"][some]).min() >= least
 
 
 @pytest.mark.parametrize("name", FAMILIES)

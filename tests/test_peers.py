@@ -36,7 +36,7 @@ def found(rates: dict[str, list[float]]) -> dict:
 
 def test_two_llamacrabs_beside_each_other_from_the_command_line(tmp_path):
     command = [sys.executable, str(PEERS / "run.py"), "--only", "llamacrab", "--workload", "short"]
-    command += ["--texts", "40", "--rounds", "3", "--json", str(tmp_path / "found.json")]
+    command += ["--texts", "20", "--rounds", "3", "--json", str(tmp_path / "found.json")]
     command += ["--llamacrab", "f32", '{"outtype": "f32", "n_contexts": 1, "n_threads": 1}']
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

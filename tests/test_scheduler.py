@@ -53,7 +53,7 @@ def test_threads_that_embed_at_once_get_their_own_rows(tiny, expected):
 
     def work(seed):
         rng = random.Random(seed)
-        for _ in range(15):
+        for _ in range(8):
             chosen = [rng.randrange(len(expected)) for _ in range(rng.choice([1, 1, 3, 40, 200]))]
             rows = tiny.embed_texts([TEXTS[i] for i in chosen], truncate=True)
             if cosines(rows, expected[chosen]).min() < 0.9999:
@@ -413,7 +413,7 @@ def test_close_ends_running_calls_at_once():
 
 def test_close_fails_what_waits_in_futures():
     llama = Llama(DATA / "tiny-bert.gguf", queue_tokens=1 << 24)
-    futures = [llama.submit(TEXTS * 20, truncate=True, dedup=False) for _ in range(20)]
+    futures = [llama.submit(TEXTS * 20, truncate=True, dedup=False) for _ in range(6)]
     llama.close()
     outcomes = {type(future.exception(timeout=60)) for future in futures}
     assert ClosedError in outcomes
