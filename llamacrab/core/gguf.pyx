@@ -89,22 +89,28 @@ _KERNEL_ARCHS = frozenset({
 })
 
 
-cdef bint _suits_kernels(const c.gguf_context *header):
-    """Return whether our kernels are faster for a model, and lose nothing of its weights.
+# Quantized weights grow when they are packed: 16 bits each. Up to this size of the matrices in the
+# file that is a fair price for the speed.
+cdef int64_t _MAX_EXPANDED_BYTES = 1 << 30
 
-    Those of f16 would be rounded to bf16; other types stay with ggml's code, and split the graph.
-    """
+
+cdef bint _suits_kernels(const c.gguf_context *header):
+    """Return whether our kernels are faster for a model, and have room for its weights."""
     cdef int64_t i, key = c.gguf_find_key(header, b"general.architecture")
+    cdef int64_t quantized_bytes = 0
     if key < 0 or c.gguf_get_kv_type(header, key) != c.GGUF_TYPE_STRING:
         return False
     if c.gguf_get_val_str(header, key) not in _KERNEL_ARCHS:
         return False
     for i in range(c.gguf_get_n_tensors(header)):
+        if not c.gguf_get_tensor_name(header, i).startswith(b"blk."):
+            continue
         kind = c.gguf_get_tensor_type(header, i)
-        if (c.gguf_get_tensor_name(header, i).startswith(b"blk.")
-                and kind not in (c.GGML_TYPE_F32, c.GGML_TYPE_BF16, c.GGML_TYPE_Q8_0)):
-            return False
-    return True
+        if not native.can_pack(kind):
+            return False  # ggml would compute these, and data would go back and forth
+        if kind not in (c.GGML_TYPE_F32, c.GGML_TYPE_F16, c.GGML_TYPE_BF16):
+            quantized_bytes += c.gguf_get_tensor_size(header, i)
+    return quantized_bytes <= _MAX_EXPANDED_BYTES
 
 
 cdef object _fault_in(const c.gguf_context *header):

@@ -193,7 +193,7 @@ cdef extern from "ggml.h" nogil:
 
     enum ggml_type:
         GGML_TYPE_F32
-        GGML_TYPE_Q8_0
+        GGML_TYPE_F16
         GGML_TYPE_BF16
         GGML_TYPE_I8
         GGML_TYPE_F64
@@ -218,6 +218,7 @@ cdef extern from "gguf.h" nogil:
     const char *gguf_get_tensor_name(const gguf_context *ctx, int64_t tensor_id)
     const char *ggml_type_name(ggml_type type)
     ggml_type gguf_get_tensor_type(const gguf_context *ctx, int64_t tensor_id)
+    size_t gguf_get_tensor_size(const gguf_context *ctx, int64_t tensor_id)
     int64_t gguf_find_key(const gguf_context *ctx, const char *key)
     int64_t gguf_find_tensor(const gguf_context *ctx, const char *name)
     gguf_type gguf_get_kv_type(const gguf_context *ctx, int64_t key_id)

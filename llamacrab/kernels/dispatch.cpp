@@ -8,6 +8,8 @@ namespace llamacrab::kernels {
 
 #if !defined(LLAMACRAB_X86_KERNELS)
 const kernel_table * avx2_kernels() { return nullptr; }
+const kernel_table * avx2_vnni_kernels() { return nullptr; }
+const kernel_table * avx512_vnni_kernels() { return nullptr; }
 const kernel_table * avx512_bf16_kernels() { return nullptr; }
 #endif
 
@@ -20,12 +22,27 @@ static bool cpu_has_avx2() {
 #endif
 }
 
-static bool cpu_has_avx512_bf16() {
+static bool cpu_has_avx_vnni() {
+#if defined(LLAMACRAB_X86_KERNELS)
+    return cpu_has_avx2() && __builtin_cpu_supports("avxvnni");
+#else
+    return false;
+#endif
+}
+
+static bool cpu_has_avx512_vnni() {
 #if defined(LLAMACRAB_X86_KERNELS)
     return cpu_has_avx2() && __builtin_cpu_supports("avx512f") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") &&
-           __builtin_cpu_supports("avx512bf16");
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+#else
+    return false;
+#endif
+}
+
+static bool cpu_has_avx512_bf16() {
+#if defined(LLAMACRAB_X86_KERNELS)
+    return cpu_has_avx512_vnni() && __builtin_cpu_supports("avx512bf16");
 #else
     return false;
 #endif
@@ -35,6 +52,8 @@ static const kernel_table & select_kernels() {
     const kernel_table * usable[] = {
         // the fastest first
         cpu_has_avx512_bf16() ? avx512_bf16_kernels() : nullptr,
+        cpu_has_avx512_vnni() ? avx512_vnni_kernels() : nullptr,
+        cpu_has_avx_vnni() ? avx2_vnni_kernels() : nullptr,
         cpu_has_avx2() ? avx2_kernels() : nullptr,
         generic_kernels(),
     };

@@ -10,7 +10,7 @@ const void * executor::operand_data(const operand & from, data_type type) const 
     if (from.slot == no_slot) {
         return from.tensor ? from.tensor->data : nullptr;  // only attention has k and v
     }
-    const size_t size = type == data_type::f32 ? 4 : type == data_type::bf16 ? 2 : 1;
+    const size_t size = type == data_type::f32 ? 4 : type == data_type::int8 ? 1 : 2;
     return slot_data(from.slot) + from.shift * (ptrdiff_t) size;
 }
 
@@ -24,6 +24,9 @@ step_data executor::data_of(const step & s) const {
     }
     if (s.bf16_slot != no_slot) {
         d.y_bf16 = (uint16_t *) slot_data(s.bf16_slot);
+    }
+    if (s.int16_slot != no_slot) {
+        d.y_int16 = (int16_t *) slot_data(s.int16_slot);
     }
     if (s.int8_slot != no_slot) {
         char * rows = slot_data(s.int8_slot);

@@ -42,7 +42,7 @@ static bool is_norm(const ggml_tensor * t) {
 
 static const ggml_tensor * base_of(const ggml_tensor * t) { return t->view_src ? t->view_src : t; }
 
-size_t int8_row_bytes(const ggml_tensor * t) { return (t->ne[0] + 3) / 4 * 4; }
+size_t int8_row_bytes(const ggml_tensor * t) { return (t->ne[0] + 7) / 8 * 8; }
 
 size_t int8_scales_offset(size_t row_bytes, int64_t n_rows) {
     return (row_bytes * n_rows + 63) / 64 * 64;
@@ -52,6 +52,7 @@ static size_t slot_bytes(const ggml_tensor * t, data_type type) {
     switch (type) {
         case data_type::f32: return ggml_nelements(t) * 4;
         case data_type::bf16: return ggml_nelements(t) * 2;
+        case data_type::int16: return ggml_nrows(t) * int16_row((int) t->ne[0]) * 2;
         default: {
             const size_t scales = int8_scales_offset(int8_row_bytes(t), ggml_nrows(t));
             return scales + ggml_nrows(t) * 2 * sizeof(float);
@@ -70,8 +71,14 @@ class planner {
         int n_local_uses = 0;        // by nodes of this graph, which may be a part of a larger one
         int producer = -1;           // the step that computes it
         bool needed_as_f32 = false;  // in its own memory
-        int bf16_slot = no_slot, int8_slot = no_slot;
+        int bf16_slot = no_slot, int16_slot = no_slot, int8_slot = no_slot;
         const ggml_tensor * copy_of = nullptr;  // the copy is left out: readers read this instead
+
+        int & slot_of(data_type type) {
+            return type == data_type::int8    ? int8_slot
+                   : type == data_type::int16 ? int16_slot
+                                              : bf16_slot;
+        }
     };
 
     const ggml_tensor * node_at(int i) const { return graph->nodes[i]; }
@@ -174,15 +181,15 @@ class planner {
 bool planner::find_slot(const ggml_tensor * t, data_type type, operand & from) {
     const ggml_tensor * base = base_of(t);
     tensor_info & known = info[base];
-    int & slot = type == data_type::int8 ? known.int8_slot : known.bf16_slot;
+    int & slot = known.slot_of(type);
     if (slot == no_slot && known.producer >= 0 && ggml_is_contiguous(base)) {
         step & s = result.steps[known.producer];
         const bool by_rows = s.kind == step_kind::norm || s.kind == step_kind::linear;
         if (type == data_type::bf16 && (by_rows || s.kind == step_kind::attention ||
                                         s.kind == step_kind::gate || s.kind == step_kind::rope)) {
             slot = s.bf16_slot = new_slot(slot_bytes(base, type), known.producer);
-        } else if (type == data_type::int8 && by_rows && base->ne[0] <= widest_row) {
-            slot = s.int8_slot = new_slot(slot_bytes(base, type), known.producer);
+        } else if (type != data_type::bf16 && by_rows && base->ne[0] <= widest_row) {
+            slot = s.slot_of(type) = new_slot(slot_bytes(base, type), known.producer);
         }
     }
     if (slot == no_slot) {
@@ -204,11 +211,11 @@ operand planner::convert(const ggml_tensor * t, data_type type) {
     s.x.tensor = t;
     s.x_type = type;
     const int slot = new_slot(slot_bytes(t, type), (int) result.steps.size());
-    (type == data_type::int8 ? s.int8_slot : s.bf16_slot) = slot;
+    s.slot_of(type) = slot;
     result.steps.push_back(s);  // not by add(): the tensor already has a producer
     if (dense && !t->view_src && type != data_type::f32) {
         // The next reader may use it too.
-        (type == data_type::int8 ? info[t].int8_slot : info[t].bf16_slot) = slot;
+        info[t].slot_of(type) = slot;
     }
     return {t, slot, 0, !dense};
 }
@@ -220,10 +227,10 @@ operand planner::product_operand(const ggml_tensor * t, data_type type) {
         from.tensor = t;
         return from;
     }
-    // int8 rows have scales: only a whole tensor can be read from a slot, not a part of it.
+    // Rows of integers have scales: only a whole tensor can be read from a slot, not a part of it.
     const ggml_tensor * base = base_of(t);
     const bool whole = ggml_nelements(t) == ggml_nelements(base) && t->ne[0] == base->ne[0];
-    if ((type != data_type::int8 || whole) && find_slot(t, type, from)) {
+    if ((type == data_type::bf16 || whole) && find_slot(t, type, from)) {
         return from;
     }
     return convert(t, type);
@@ -253,10 +260,11 @@ int planner::fuse_norm(step & s, int i, const ggml_tensor * norm) {
 }
 
 // The type in which a product reads its activations.
-static data_type activation_type(weight_layout layout, bool multiplies_bf16) {
+static data_type activation_type(weight_layout layout) {
     switch (layout) {
         case weight_layout::int8_panels: return data_type::int8;
-        case weight_layout::bf16_panels: return multiplies_bf16 ? data_type::bf16 : data_type::f32;
+        case weight_layout::int16_panels: return data_type::int16;
+        case weight_layout::bf16_panels: return data_type::bf16;
         default: return data_type::f32;
     }
 }
@@ -268,7 +276,7 @@ int planner::plan_linear(int i) {
     s.kind = step_kind::linear;
     s.node = s.out = node;
     s.weight = w;
-    s.x_type = activation_type(layout_of(w), set.bf16);
+    s.x_type = activation_type(layout_of(w));
     s.x = product_operand(x, s.x_type);
     // A product reads all of x again for each panel. With a tail it goes through scratch, block by
     // block, so that it may write over what earlier blocks have read.
@@ -494,16 +502,16 @@ void planner::count_uses() {
 // A result that no slot takes is always written as floats.
 void planner::choose_writes() {
     for (step & s : result.steps) {
-        const bool to_slot = s.bf16_slot != no_slot || s.int8_slot != no_slot;
         s.write_f32 = s.kind != step_kind::convert && s.kind != step_kind::gather &&
-                      (info[base_of(s.out)].needed_as_f32 || !to_slot);
+                      (info[base_of(s.out)].needed_as_f32 || !s.writes_slot());
     }
 }
 
 plan planner::make() {
     count_uses();
     // Attention is as exact as the products around it.
-    for (int i = 0; set.bf16 && i < graph->n_nodes; i++) {
+    const bool has_bf16 = set.usual_layout == weight_layout::bf16_panels;
+    for (int i = 0; has_bf16 && i < graph->n_nodes; i++) {
         const ggml_tensor *node = node_at(i), *w = node->src[0];
         bf16_attention = bf16_attention || (node->op == GGML_OP_MUL_MAT && is_packed_weight(w) &&
                                             layout_of(w) != weight_layout::f32_panels);

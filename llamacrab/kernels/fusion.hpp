@@ -28,8 +28,8 @@ enum class step_kind {
 // Memory of the backend's own for an activation in the type that the next step multiplies. A slot
 // is a dense copy of a whole contiguous tensor, so the offset of a view is the same in both.
 //
-// A slot of int8 holds the rows, padded to four values; then, from a multiple of 64 bytes on, the
-// scale and the zero of each row.
+// A slot of int8 holds the rows, padded to eight values; then, from a multiple of 64 bytes on, the
+// scale and the zero of each row. A slot of int16 holds rows of int16_row() elements.
 struct slot {
     size_t bytes = 0;
     int first_step = 0, last_step = 0;  // its memory is in use from one to the other
@@ -54,6 +54,7 @@ struct step {
     const ggml_tensor * out;   // the last node: what the step computes
     bool write_f32 = false;    // write the result to the memory of `out`
     int bf16_slot = no_slot;   // and to these slots; convert and gather may write f32 to the first
+    int int16_slot = no_slot;
     int int8_slot = no_slot;
 
     operand x, k, v;  // k, v: attention only
@@ -68,6 +69,15 @@ struct step {
 
     // Whether a product must be complete before the rest of the step can follow.
     bool has_tail() const { return residual || norm || int8_slot != no_slot; }
+
+    int & slot_of(data_type type) {
+        return type == data_type::int8    ? int8_slot
+               : type == data_type::int16 ? int16_slot
+                                          : bf16_slot;
+    }
+    bool writes_slot() const {
+        return bf16_slot != no_slot || int16_slot != no_slot || int8_slot != no_slot;
+    }
 };
 
 struct plan {

@@ -14,15 +14,36 @@ namespace llamacrab::kernels {
 //   unpacked     as in ggml
 //   f32_panels   [panel][k][32]          floats
 //   bf16_panels  [panel][k / 2][32][2]   pairs, as the bf16 dot product takes them
+//   int16_panels [panel][block of k][k / 2][32][2]   pairs; after each block the 32 scales of its
+//                                        columns
 //   int8_panels  [panel][k / 4][32][4]   quadruples, as VNNI takes them; then scales and sums
-// k is padded with zeros to a multiple of 1, 2 and 4. There are as many scales and sums as columns,
-// padded to 32.
-enum class weight_layout : int32_t { unpacked, f32_panels, bf16_panels, int8_panels };
+// k is padded with zeros to a multiple of 1, 2, 2 and 8. int8_panels have as many scales and sums
+// as columns, padded to 32.
+enum class weight_layout : int32_t { unpacked, f32_panels, bf16_panels, int16_panels, int8_panels };
 
-// The type of activations. int8: unsigned bytes, with a scale and a zero for each row.
-enum class data_type : int32_t { f32, bf16, int8 };
+// The type of activations.
+//   int16  integers, padded with a zero to pairs; after a row the scales of its blocks, as floats
+//   int8   unsigned bytes, with a scale and a zero for each row
+enum class data_type : int32_t { f32, bf16, int16, int8 };
 
 constexpr int panel_width = 32;
+
+// Products of 16-bit integers. Weights and activations have a scale for each block of k. Within a
+// block, products are summed in int32: activations are in -int16_max .. int16_max, and the absolute
+// values of a column's weights sum to at most int16_weight_sum, so that no sum overflows.
+constexpr int int16_block = 256;
+constexpr int int16_max = 16383;
+constexpr int int16_weight_sum = INT32_MAX / int16_max;
+
+constexpr int int16_padded(int k) { return (k + 1) / 2 * 2; }
+constexpr int int16_blocks(int k) { return (k + int16_block - 1) / int16_block; }
+// Elements from a row of activations to the next, with the scales.
+constexpr int int16_row(int k) { return int16_padded(k) + 2 * int16_blocks(k); }
+
+// Products of bytes without VNNI are summed in int16, four at a time. Then activations are in
+// 0 .. 127, and the absolute values of four weights sum to at most int8_weight_sum.
+constexpr int int8_weight_sum = INT16_MAX / 127;
+
 // The most columns of a row that is normed or quantized: meanwhile the row lies on the stack.
 constexpr int widest_row = 8192;
 
@@ -44,6 +65,8 @@ struct linear_args {
     float * y;          // or null
     uint16_t * y_bf16;  // or null
     size_t ldy;         // elements from a row to the next, of y and y_bf16
+    int16_t * y_int16;  // or null: rows of int16_row(m) elements
+    float * scratch;    // with y_int16: int16_block floats for each row
 };
 
 // y = norm(x + residual) * weight + bias, row by row. Outputs that are null are not written.
@@ -62,6 +85,7 @@ struct norm_args {
     uint16_t * y_bf16;     // or null
     uint8_t * y_int8;      // or null: value / scale + zero
     float * y_scale;       // with y_int8: the scale and the zero of each row
+    int16_t * y_int16;     // or null: rows of int16_row(n) elements
     size_t ldy;            // of y and y_bf16
     size_t ldq;            // of y_int8
 };
@@ -93,14 +117,17 @@ struct attention_args {
 
 struct kernel_table {
     const char * name;
-    bool bf16;  // multiplies bf16 activations
-    bool int8;  // multiplies 8-bit matrices, faster than others
-    int tile;   // rows per call of a micro-kernel
+    // The layout of matrices of all types but f32: bf16_panels or int16_panels.
+    weight_layout usual_layout;
+    bool int8;           // multiplies 8-bit matrices, faster than others
+    bool int8_in_int16;  // sums four products of bytes in int16
+    int tile;            // rows per call of a micro-kernel
     void (*linear)(const linear_args &, int row0, int row1);
     void (*norm)(const norm_args &, int row0, int row1);
     size_t (*attention_scratch)(int d_k, int d_v, int n_keys);
     void (*attention)(const attention_args &, const segment &, int head);
     void (*to_bf16)(const float * x, uint16_t * y, int64_t n);
+    void (*to_int16)(const float * x, int16_t * y, int n);  // a row, with its scales
     void (*add)(const float * a, const float * b, float * y, int64_t n);
     void (*mul)(const float * a, const float * b, float * y, int64_t n);
     // y = act(a) * b, or act(a) if b is null
@@ -108,9 +135,11 @@ struct kernel_table {
                  int64_t n);
 };
 
-const kernel_table * generic_kernels();      // for any CPU
-const kernel_table * avx2_kernels();         // null if the compiler has no such target
-const kernel_table * avx512_bf16_kernels();  // likewise
+const kernel_table * generic_kernels();    // for any CPU
+const kernel_table * avx2_kernels();       // null if the compiler has no such target
+const kernel_table * avx2_vnni_kernels();  // likewise, as the next
+const kernel_table * avx512_vnni_kernels();
+const kernel_table * avx512_bf16_kernels();
 
 // The fastest table that this CPU can run, or the one that LLAMACRAB_KERNELS names if it can run
 // that one.

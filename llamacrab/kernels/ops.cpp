@@ -55,6 +55,7 @@ static norm_args make_norm_args(const step & s, const step_data & data) {
     }
     a.y = data.y;
     a.y_bf16 = data.y_bf16;
+    a.y_int16 = data.y_int16;
     a.y_int8 = data.y_int8;
     a.y_scale = data.y_scale;
     return a;
@@ -69,6 +70,9 @@ static linear_args make_linear_args(const step & s, const step_data & data) {
     a.x = data.x;
     a.x_type = s.x_type;
     a.ldx = a.k;
+    if (a.layout == weight_layout::int16_panels) {
+        a.ldx = int16_row(a.k);
+    }
     if (a.layout == weight_layout::int8_panels) {
         a.ldx = int8_row_bytes(s.x.tensor);
         const size_t scales = int8_scales_offset(a.ldx, ggml_nrows(s.x.tensor));
@@ -85,7 +89,7 @@ static linear_args make_linear_args(const step & s, const step_data & data) {
 // Threads take whole tiles. Few rows are divided into blocks of one tile.
 static int block_rows(const step & s, const linear_args & a, int n_rows, int n_threads) {
     int block = rows_per_block;
-    if (!s.has_tail()) {
+    if (!s.has_tail() && s.int16_slot == no_slot) {
         block *= std::max(1, max_block_bytes / (2 * a.k * rows_per_block));
     }
     if (n_threads > 1) {
@@ -105,8 +109,14 @@ void run_linear(const step & s, const step_data & data, const parallel & workers
     if (!s.has_tail()) {
         linear.y = data.y;
         linear.y_bf16 = data.y_bf16;
-        workers.threads.parallel_for(n_blocks, workers.n_threads, [&](int i, int) {
-            set.linear(linear, i * block, std::min(n_rows, (i + 1) * block));
+        linear.y_int16 = data.y_int16;
+        const size_t scratch_size = linear.y_int16 ? (size_t) block * int16_block : 0;
+        float * scratch =
+            (float *) workers.scratch.reserve(scratch_size * workers.n_threads * sizeof(float));
+        workers.threads.parallel_for(n_blocks, workers.n_threads, [&](int i, int thread) {
+            linear_args part = linear;
+            part.scratch = scratch + thread * scratch_size;
+            set.linear(part, i * block, std::min(n_rows, (i + 1) * block));
         });
         return;
     }
@@ -291,6 +301,13 @@ void run_convert(const step & s, const step_data & data, int row0, int row1) {
     const int64_t n = s.out->ne[0];
     if (data.y_int8) {
         return run_norm(s, data, row0, row1);  // which quantizes, here without a norm
+    }
+    if (data.y_int16) {
+        for (int64_t row = row0; row < row1; row++) {
+            active_kernels().to_int16((const float *) x->data + row * n,
+                                      data.y_int16 + row * int16_row((int) n), (int) n);
+        }
+        return;
     }
     if (x->type == GGML_TYPE_F32) {
         return active_kernels().to_bf16((const float *) x->data + row0 * n, data.y_bf16 + row0 * n,

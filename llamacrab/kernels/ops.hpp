@@ -23,6 +23,7 @@ struct step_data {
     const void *x, *k, *v;
     float * y;
     uint16_t * y_bf16;
+    int16_t * y_int16;
     uint8_t * y_int8;
     float * y_scale;  // with y_int8: the scale and the zero of each row
 };

@@ -24,32 +24,53 @@ static bool can_be_int8(const ggml_tensor * w) {
            w->ne[0] <= widest_row && w->ne[1] >= 64;
 }
 
-weight_layout choose_layout(const ggml_tensor * w, bool allow_int8) {
-    allow_int8 = allow_int8 && active_kernels().int8;
-    if (w->ne[1] < 2 || w->ne[2] != 1 || w->ne[3] != 1 || !ggml_is_contiguous(w)) {
-        return weight_layout::unpacked;
-    }
-    switch (w->type) {
+bool is_packable(ggml_type type) {
+    switch (type) {
         case GGML_TYPE_F32:
-            return allow_int8 && can_be_int8(w) ? weight_layout::int8_panels
-                                                : weight_layout::f32_panels;
         case GGML_TYPE_F16:
         case GGML_TYPE_BF16:
+        case GGML_TYPE_Q4_0:
+        case GGML_TYPE_Q4_1:
+        case GGML_TYPE_Q5_0:
+        case GGML_TYPE_Q5_1:
         case GGML_TYPE_Q8_0:
-            if (allow_int8 && can_be_int8(w)) {
-                return weight_layout::int8_panels;
-            }
-            return w->ne[0] % 2 == 0 ? weight_layout::bf16_panels
-                                     : weight_layout::unpacked;  // pairs
-        default: return weight_layout::unpacked;
+        case GGML_TYPE_Q2_K:
+        case GGML_TYPE_Q3_K:
+        case GGML_TYPE_Q4_K:
+        case GGML_TYPE_Q5_K:
+        case GGML_TYPE_Q6_K:
+        case GGML_TYPE_IQ4_NL:
+        case GGML_TYPE_IQ4_XS: return true;
+        default: return false;
     }
+}
+
+weight_layout choose_layout(const ggml_tensor * w, bool allow_int8) {
+    if (w->ne[1] < 2 || w->ne[2] != 1 || w->ne[3] != 1 || !ggml_is_contiguous(w) ||
+        !is_packable(w->type)) {
+        return weight_layout::unpacked;
+    }
+    if (allow_int8 && active_kernels().int8 && can_be_int8(w)) {
+        return weight_layout::int8_panels;
+    }
+    if (w->type == GGML_TYPE_F32) {
+        return weight_layout::f32_panels;
+    }
+    const weight_layout usual = active_kernels().usual_layout;
+    const bool needs_pairs = usual == weight_layout::bf16_panels;
+    return needs_pairs && w->ne[0] % 2 != 0 ? weight_layout::unpacked : usual;
+}
+
+static size_t int16_panel_bytes(int k) {
+    return (size_t) panel_width * (int16_padded(k) * 2 + int16_blocks(k) * sizeof(float));
 }
 
 static size_t matrix_bytes(const ggml_tensor * w, weight_layout layout) {
     switch (layout) {
         case weight_layout::f32_panels: return panels(w) * panel_width * w->ne[0] * 4;
         case weight_layout::bf16_panels: return panels(w) * panel_width * round_up(w->ne[0], 2) * 2;
-        case weight_layout::int8_panels: return panels(w) * panel_width * round_up(w->ne[0], 4);
+        case weight_layout::int16_panels: return panels(w) * int16_panel_bytes((int) w->ne[0]);
+        case weight_layout::int8_panels: return panels(w) * panel_width * round_up(w->ne[0], 8);
         default: return ggml_nbytes(w);
     }
 }
@@ -76,20 +97,90 @@ static void to_floats(const ggml_tensor * w, const char * row, float * out) {
     }
 }
 
+// Where a column of a block of k begins in packed int16 weights: its pairs, and its scale.
+struct int16_place {
+    size_t pairs, scale;  // in bytes
+};
+
+static int16_place place_of(int k, int64_t column, int block) {
+    const size_t full_block = int16_block * panel_width * 2 + panel_width * sizeof(float);
+    const size_t begin = column / panel_width * int16_panel_bytes(k) + block * full_block;
+    const int n = std::min(int16_padded(k) - block * int16_block, int16_block);
+    const size_t place = column % panel_width;
+    return {begin + place * 4, begin + (size_t) n * panel_width * 2 + place * sizeof(float)};
+}
+
+// The scale of a block of a column: as fine as the sum of its absolute values allows.
+static float int16_scale(const ggml_tensor * w, const float * values, int n) {
+    float max = 0, sum = 0;
+    for (int i = 0; i < n; i++) {
+        max = std::max(max, std::fabs(values[i]));
+        sum += std::fabs(values[i]);
+    }
+    if (!std::isfinite(sum)) {
+        throw std::runtime_error(std::string("a weight of ") + w->name + " is not finite");
+    }
+    // Rounding may add a half to each value.
+    return std::max(max / INT16_MAX, sum / (int16_weight_sum - int16_block / 2 - 1));
+}
+
+static void pack_int16(const ggml_tensor * w, const float * row, int64_t column, void * to) {
+    const int k = (int) w->ne[0];
+    for (int block = 0; block < int16_blocks(k); block++) {
+        const float * values = row + block * int16_block;
+        const int n = std::min(k - block * int16_block, int16_block);
+        const float scale = int16_scale(w, values, n), inverse = scale > 0 ? 1 / scale : 0;
+        const int16_place place = place_of(k, column, block);
+        auto * pairs = (int16_t *) ((char *) to + place.pairs);
+        for (int i = 0; i < n; i++) {
+            pairs[i / 2 * 2 * panel_width + i % 2] = (int16_t) std::lrint(values[i] * inverse);
+        }
+        std::memcpy((char *) to + place.scale, &scale, sizeof scale);
+    }
+}
+
+static void unpack_int16(const ggml_tensor * w, const void * from, int64_t column, float * row) {
+    const int k = (int) w->ne[0];
+    for (int i = 0; i < k; i++) {
+        const int16_place place = place_of(k, column, i / int16_block);
+        const int at = i % int16_block;
+        const auto * pairs = (const int16_t *) ((const char *) from + place.pairs);
+        float scale;
+        std::memcpy(&scale, (const char *) from + place.scale, sizeof scale);
+        row[i] = pairs[at / 2 * 2 * panel_width + at % 2] * scale;
+    }
+}
+
+// The scale of a column of bytes.
+static float int8_scale(const float * row, int64_t k) {
+    float max = 0, max_sum = 0;
+    for (int64_t i = 0; i < k; i++) {
+        max = std::max(max, std::fabs(row[i]));
+    }
+    if (active_kernels().int8_in_int16) {
+        // Two neighbouring quadruples give two sums, each of a pair of either.
+        const auto absolute = [&](int64_t i) { return i < k ? std::fabs(row[i]) : 0.0f; };
+        for (int64_t i = 0; i < k; i += 8) {
+            for (const int64_t j : {i, i + 2}) {
+                const float sum = absolute(j) + absolute(j + 1) + absolute(j + 4) + absolute(j + 5);
+                max_sum = std::max(max_sum, sum);
+            }
+        }
+    }
+    return std::max(max / 127, max_sum / (int8_weight_sum - 2));  // rounding may add 4 halves
+}
+
 static void pack_int8(const ggml_tensor * w, float * row, int64_t column, void * to) {
     const int64_t k = w->ne[0];
-    const size_t padded_k = round_up(k, 4);
-    float max = 0;
+    const size_t padded_k = round_up(k, 8);
     rotate(row, (int) k);
     for (int64_t i = 0; i < k; i++) {
         row[i] /= rotation_of((int) k);  // activations are rotated without scaling
-        const float v = std::fabs(row[i]);
-        if (!std::isfinite(v)) {
+        if (!std::isfinite(row[i])) {
             throw std::runtime_error(std::string("a weight of ") + w->name + " is not finite");
         }
-        max = std::max(max, v);
     }
-    const float inverse_scale = max > 0 ? 127 / max : 0, scale = max / 127;
+    const float scale = int8_scale(row, k), inverse_scale = scale > 0 ? 1 / scale : 0;
     int8_t * panel =
         (int8_t *) to + column / panel_width * panel_width * padded_k + column % panel_width * 4;
     int64_t sum = 0;
@@ -132,6 +223,8 @@ void pack_rows(const ggml_tensor * w, weight_layout layout, const void * from, i
             for (int64_t i = 0; i < k; i++) {
                 out[i / 2 * 2 * panel_width + i % 2] = ggml_fp32_to_bf16(row[i]).bits;
             }
+        } else if (layout == weight_layout::int16_panels) {
+            pack_int16(w, row.data(), m, to);
         } else {
             pack_int8(w, row.data(), m, to);
         }
@@ -145,7 +238,10 @@ void unpack_rows(const ggml_tensor * w, weight_layout layout, const void * from,
     std::vector<float> row(k);
     for (int64_t m = row0; m < row1; m++) {
         const size_t panel = m / panel_width, place = m % panel_width;
-        for (int64_t i = 0; i < k; i++) {
+        if (layout == weight_layout::int16_panels) {
+            unpack_int16(w, from, m, row.data());
+        }
+        for (int64_t i = 0; i < k && layout != weight_layout::int16_panels; i++) {
             if (layout == weight_layout::f32_panels) {
                 row[i] = ((const float *) from)[panel * panel_width * k + i * panel_width + place];
             } else if (layout == weight_layout::bf16_panels) {
@@ -153,7 +249,7 @@ void unpack_rows(const ggml_tensor * w, weight_layout layout, const void * from,
                                   place * 2 + i % 2;
                 row[i] = ggml_bf16_to_fp32({((const uint16_t *) from)[at]});
             } else {
-                const size_t at = panel * panel_width * round_up(k, 4) + i / 4 * 4 * panel_width +
+                const size_t at = panel * panel_width * round_up(k, 8) + i / 4 * 4 * panel_width +
                                   place * 4 + i % 4;
                 row[i] = ((const int8_t *) from)[at] * int8_scales(w, from)[m];
             }

@@ -6,6 +6,9 @@
 
 namespace llamacrab::kernels {
 
+// Whether matrices of a type can be packed.
+bool is_packable(ggml_type type);
+
 // The layout of a tensor in a buffer of packed weights. Vectors, and matrices of types without a
 // kernel, stay unpacked.
 weight_layout choose_layout(const ggml_tensor * weight, bool allow_int8);

@@ -2,11 +2,14 @@
 #pragma once
 
 #include "../kernel_table.hpp"
+#include "quantize.hpp"
 #include "vec.hpp"
 
 namespace {
 
 using llamacrab::kernels::activation;
+using llamacrab::kernels::int16_blocks;
+using llamacrab::kernels::int16_row;
 using llamacrab::kernels::linear_args;
 using llamacrab::kernels::panel_width;
 using llamacrab::kernels::weight_layout;
@@ -14,16 +17,19 @@ using llamacrab::kernels::weight_layout;
 // As many rows as registers allow: 12 rows by 2 vectors of sums take 24 of AVX-512's 32.
 #if defined(__AVX512F__)
 constexpr int tile = 12;
+#elif defined(__AVX2__)
+constexpr int tile = 6;  // by 2 vectors: 12 of AVX2's 16 registers
 #else
 constexpr int tile = 4;
 #endif
 constexpr int vectors = panel_width / width;                // per panel
 constexpr int vectors_at_once = vectors < 2 ? vectors : 2;  // computed together
 
-// out[i * ldo + 0..31] = sum over k of x[i][k] * w[k][0..31]
+// out[t * ldo + 0..31] = sum over k of x[t][k] * w[k][0..31]. Added to what is there if not
+// `begin`.
 template <int NT>
 LC_INLINE void product_f32(const float * w, const float * x, size_t ldx, int k, float * out,
-                           size_t ldo) {
+                           size_t ldo, bool begin = true) {
     for (int first = 0; first < vectors; first += vectors_at_once) {
         vf acc[NT][vectors_at_once] = {};
         for (int i = 0; i < k; i++) {
@@ -45,42 +51,46 @@ LC_INLINE void product_f32(const float * w, const float * x, size_t ldx, int k, 
         for (int t = 0; t < NT; t++) {
 #pragma GCC unroll 2
             for (int j = 0; j < vectors_at_once; j++) {
-                store(out + t * ldo + (first + j) * width, acc[t][j]);
+                float * to = out + t * ldo + (first + j) * width;
+                store(to, begin ? acc[t][j] : load(to) + acc[t][j]);
             }
         }
     }
 }
 
-// The same with bf16 weights and float activations, for CPUs that cannot multiply bf16.
+// sums[t][0..31] = the same product of int16 within one block of k, times its scales. Added to what
+// is there if not `begin`.
 template <int NT>
-LC_INLINE void product_pairs(const uint16_t * w, const float * x, size_t ldx, int k, float * out,
-                             size_t ldo) {
+LC_INLINE void product_int16(const int16_t * w, const float * w_scale, const int16_t * x,
+                             const float * x_scale, size_t ldx, int k, float * sums, bool begin) {
     for (int first = 0; first < vectors; first += vectors_at_once) {
-        vf acc[NT][vectors_at_once] = {};
+        vi acc[NT][vectors_at_once] = {};
         for (int i = 0; i < k; i += 2) {
-            const uint16_t * row = w + (size_t) i * panel_width + first * width * 2;
-            vf low[vectors_at_once], high[vectors_at_once];
+            vi b[vectors_at_once];
             for (int j = 0; j < vectors_at_once; j++) {
-                const vi pairs = load_i(row + j * width * 2);
-                low[j] = low_bf16(pairs);
-                high[j] = high_bf16(pairs);
+                b[j] = load_i(w + (size_t) i * panel_width + (first + j) * width * 2);
             }
-            const int second = i + 1 < k ? 1 : 0;  // an odd k is padded: the weight is 0
 #pragma GCC unroll 12
             for (int t = 0; t < NT; t++) {
-                const vf a = splat(x[t * ldx + i]), b = splat(x[t * ldx + i + second]);
+                int32_t pair;
+                std::memcpy(&pair, x + t * ldx + i, sizeof pair);
+                const vi a = vi{} + pair;
 #pragma GCC unroll 2
                 for (int j = 0; j < vectors_at_once; j++) {
-                    acc[t][j] += a * low[j];
-                    acc[t][j] += b * high[j];
+                    acc[t][j] = add_pair_products(acc[t][j], b[j], a);
                 }
             }
         }
 #pragma GCC unroll 12
         for (int t = 0; t < NT; t++) {
+            float scale;
+            std::memcpy(&scale, (const int16_t *) x_scale + t * ldx, sizeof scale);
 #pragma GCC unroll 2
             for (int j = 0; j < vectors_at_once; j++) {
-                store(out + t * ldo + (first + j) * width, acc[t][j]);
+                const int column = (first + j) * width;
+                float * to = sums + t * panel_width + column;
+                store(to, multiply_add(__builtin_convertvector(acc[t][j], vf),
+                                       load(w_scale + column) * scale, begin ? vf{} : load(to)));
             }
         }
     }
@@ -125,6 +135,8 @@ LC_INLINE void product_bf16(const uint16_t * w, const uint16_t * x, size_t ldx, 
 #endif
 
 #if defined(__AVX512VNNI__)
+constexpr int int8_tile = tile;
+
 // Sums of uint8 times int8.
 template <int NT>
 LC_INLINE void product_int8(const int8_t * w, const uint8_t * x, size_t ldx, int k, int32_t * out,
@@ -155,6 +167,59 @@ LC_INLINE void product_int8(const int8_t * w, const uint8_t * x, size_t ldx, int
         _mm512_storeu_si512(out + t * panel_width + 16, b[t]);
     }
 }
+#elif defined(__AVX2__)
+constexpr int int8_tile = 4;
+
+// 32 products of uint8 and int8. Without VNNI two quadruples are summed in int16: see
+// int8_weight_sum.
+LC_INLINE __m256i add_byte_products(__m256i sum, const int8_t * w, __m256i x0, __m256i x1) {
+    const __m256i w0 = _mm256_loadu_si256((const __m256i *) w);
+    const __m256i w1 = _mm256_loadu_si256((const __m256i *) (w + 4 * panel_width));
+#if defined(__AVXVNNI__)
+    return _mm256_dpbusd_avx_epi32(_mm256_dpbusd_avx_epi32(sum, x0, w0), x1, w1);
+#else
+    const __m256i pairs =
+        _mm256_add_epi16(_mm256_maddubs_epi16(x0, w0), _mm256_maddubs_epi16(x1, w1));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#endif
+}
+
+LC_INLINE __m256i splat_quadruple(const uint8_t * x) {
+    int32_t four;
+    std::memcpy(&four, x, sizeof four);
+    return _mm256_set1_epi32(four);
+}
+
+// Sums of uint8 times int8; k is padded to a multiple of 8.
+template <int NT>
+LC_INLINE void product_int8(const int8_t * w, const uint8_t * x, size_t ldx, int k, int32_t * out,
+                            const char *) {
+    for (int first = 0; first < vectors; first += 2) {
+        __m256i a[NT], b[NT];
+#pragma GCC unroll 4
+        for (int t = 0; t < NT; t++) {
+            a[t] = b[t] = _mm256_setzero_si256();
+        }
+        for (int i = 0; i < k; i += 8) {
+            const int8_t * row = w + (size_t) i * panel_width + first * width * 4;
+#pragma GCC unroll 4
+            for (int t = 0; t < NT; t++) {
+                const __m256i x0 = splat_quadruple(x + t * ldx + i);
+                const __m256i x1 = splat_quadruple(x + t * ldx + i + 4);
+                a[t] = add_byte_products(a[t], row, x0, x1);
+                b[t] = add_byte_products(b[t], row + width * 4, x0, x1);
+            }
+        }
+#pragma GCC unroll 4
+        for (int t = 0; t < NT; t++) {
+            int32_t * to = out + t * panel_width + first * width;
+            _mm256_storeu_si256((__m256i *) to, a[t]);
+            _mm256_storeu_si256((__m256i *) (to + width), b[t]);
+        }
+    }
+}
+#else
+constexpr int int8_tile = tile;
 #endif
 
 template <precision P = precision::f32>
@@ -240,7 +305,7 @@ LC_INLINE void finish_as(const linear_args & a, float * sums, int rows, int row,
 }
 
 LC_INLINE void finish(const linear_args & a, float * sums, int rows, int row, int column) {
-    if (a.y) {
+    if (a.y && !a.y_int16) {
         finish_as<precision::f32>(a, sums, rows, row, column);
     } else {
         finish_as<precision::bf16>(a, sums, rows, row, column);
@@ -251,7 +316,7 @@ template <int NT>
 LC_INLINE void product(const linear_args & a, const char * panel, int row, float * sums,
                        const char * ahead = nullptr) {
     switch (a.layout) {
-#if defined(__AVX512VNNI__)
+#if defined(__AVX2__)
         case weight_layout::int8_panels:
             return product_int8<NT>((const int8_t *) panel, (const uint8_t *) a.x + row * a.ldx,
                                     a.ldx, a.k, (int32_t *) sums, ahead);
@@ -260,10 +325,6 @@ LC_INLINE void product(const linear_args & a, const char * panel, int row, float
         case weight_layout::bf16_panels:
             return product_bf16<NT>((const uint16_t *) panel, (const uint16_t *) a.x + row * a.ldx,
                                     a.ldx, a.k, sums, panel_width, ahead);
-#else
-        case weight_layout::bf16_panels:
-            return product_pairs<NT>((const uint16_t *) panel, (const float *) a.x + row * a.ldx,
-                                     a.ldx, a.k, sums, panel_width);
 #endif
         default:
             return product_f32<NT>((const float *) panel, (const float *) a.x + row * a.ldx, a.ldx,
@@ -273,13 +334,146 @@ LC_INLINE void product(const linear_args & a, const char * panel, int row, float
 
 LC_INLINE size_t panel_bytes(weight_layout layout, int k) {
     switch (layout) {
-        case weight_layout::int8_panels: return (size_t) panel_width * ((k + 3) / 4 * 4);
+        case weight_layout::int8_panels: return (size_t) panel_width * ((k + 7) / 8 * 8);
+        case weight_layout::int16_panels:
+            return (size_t) panel_width * (int16_padded(k) * 2 + int16_blocks(k) * sizeof(float));
         case weight_layout::bf16_panels: return (size_t) panel_width * ((k + 1) / 2 * 2) * 2;
         default: return (size_t) panel_width * k * 4;
     }
 }
 
-static void linear(const linear_args & a, int row0, int row1) {
+// Products of a block of k: a block of a panel stays in L1 while it is multiplied with many rows.
+struct f32_block {
+    static constexpr int size = 192;
+    const float *w, *x;
+    size_t ldx;
+    int k;
+
+    f32_block(const linear_args & a, const char * panel, int row, int begin)
+        : w((const float *) panel + (size_t) begin * panel_width),
+          x((const float *) a.x + row * a.ldx + begin),
+          ldx(a.ldx),
+          k(a.k - begin < size ? a.k - begin : size) {}
+
+    template <int NT>
+    inline __attribute__((always_inline)) void multiply(int t, float * sums, bool begin) const {
+        product_f32<NT>(w, x + t * ldx, ldx, k, sums, panel_width, begin);
+    }
+};
+
+// The same with scales, which follow each block.
+struct int16_part {
+    static constexpr int size = int16_block;
+    const int16_t *w, *x;
+    const float *w_scale, *x_scale;
+    size_t ldx;
+    int k;
+
+    int16_part(const linear_args & a, const char * panel, int row, int begin)
+        : w((const int16_t *) panel + (size_t) begin * panel_width +
+            begin / size * panel_width * (sizeof(float) / sizeof(int16_t))),
+          x((const int16_t *) a.x + row * a.ldx + begin),
+          x_scale((const float *) (x - begin + int16_padded(a.k)) + begin / size),
+          ldx(a.ldx),
+          k(int16_padded(a.k) - begin < size ? int16_padded(a.k) - begin : size) {
+        w_scale = (const float *) (w + (size_t) k * panel_width);
+    }
+
+    template <int NT>
+    inline __attribute__((always_inline)) void multiply(int t, float * sums, bool begin) const {
+        product_int16<NT>(w, w_scale, x + t * ldx,
+                          (const float *) ((const int16_t *) x_scale + t * ldx), ldx, k, sums,
+                          begin);
+    }
+};
+
+// Rows that are multiplied with a block. A multiple of tile.
+constexpr int rows_at_once = 96;
+
+// Sums of up to rows_at_once rows with all of k.
+template <class block>
+LC_INLINE void multiply_blocks(const linear_args & a, const char * panel, int row, int rows,
+                               float * sums) {
+    for (int i = 0; i < a.k; i += block::size) {
+        const block part(a, panel, row, i);
+        int t = 0;
+        for (; t + tile <= rows; t += tile) {
+            part.template multiply<tile>(t, sums + t * panel_width, i == 0);
+        }
+        for (; t + 2 <= rows; t += 2) {
+            part.template multiply<2>(t, sums + t * panel_width, i == 0);
+        }
+        if (t < rows) {
+            part.template multiply<1>(t, sums + t * panel_width, i == 0);
+        }
+    }
+}
+
+// Round a finished block of columns, of which scratch holds the floats.
+LC_INLINE void write_int16_block(const linear_args & a, int begin, int end, int row0, int row1) {
+    for (int row = row0; row < row1; row++) {
+        const float * from = a.scratch + (size_t) (row - row0) * int16_block;
+        int16_t * to = a.y_int16 + (size_t) row * int16_row(a.m);
+        if (begin == 0) {
+            to[int16_padded(a.m) - 1] = 0;
+        }
+        quantize_block_int16(from, end - begin, to + begin,
+                             (float *) (to + int16_padded(a.m)) + begin / int16_block);
+        if (a.y) {
+            std::memcpy(a.y + row * a.ldy + begin, from, (end - begin) * sizeof(float));
+        }
+    }
+}
+
+template <class block>
+LC_INLINE void linear_in_blocks(const linear_args & a, int row0, int row1) {
+    alignas(64) float sums[rows_at_once * panel_width];
+    const size_t bytes = panel_bytes(a.layout, a.k);
+    linear_args out = a;
+    for (int column = 0; column < a.m; column += panel_width) {
+        const int begin = column / int16_block * int16_block;
+        if (a.y_int16) {
+            out.y = a.scratch - (size_t) row0 * int16_block - begin;
+            out.ldy = int16_block;
+        }
+        for (int row = row0; row < row1; row += rows_at_once) {
+            const int rows = row1 - row < rows_at_once ? row1 - row : rows_at_once;
+            multiply_blocks<block>(a, (const char *) a.w + column / panel_width * bytes, row, rows,
+                                   sums);
+            finish(out, sums, rows, row, column);
+        }
+        const int end = column + panel_width < a.m ? column + panel_width : a.m;
+        if (a.y_int16 && (end % int16_block == 0 || end == a.m)) {
+            write_int16_block(a, begin, end, row0, row1);
+        }
+    }
+}
+
+// Rows left over by whole tiles.
+LC_INLINE void linear_rest(const linear_args & a, const char * panel, int row, int row1, int column,
+                           float * sums) {
+    while (row < row1) {
+        const int left = row1 - row;
+        int n = 1;
+        if (tile > 8 && left >= 8) {
+            product<8>(a, panel, row, sums);
+            n = 8;
+        } else if (tile > 4 && left >= 4) {
+            product<4>(a, panel, row, sums);
+            n = 4;
+        } else if (left >= 2) {
+            product<2>(a, panel, row, sums);
+            n = 2;
+        } else {
+            product<1>(a, panel, row, sums);
+        }
+        finish(a, sums, n, row, column);
+        row += n;
+    }
+}
+
+template <int TILE>
+LC_INLINE void linear_in_tiles(const linear_args & a, int row0, int row1) {
     alignas(64) float sums[tile * panel_width];
     const size_t bytes = panel_bytes(a.layout, a.k);
     for (int column = 0; column < a.m; column += panel_width) {
@@ -288,28 +482,20 @@ static void linear(const linear_args & a, int row0, int row1) {
         // Prefetch the next panel while this one is multiplied, an eighth with each tile: else the
         // first tile of each panel waits for memory.
         const char * ahead = panel + bytes;
-        for (; row + tile <= row1; row += tile, ahead += bytes / 8) {
-            product<tile>(a, panel, row, sums, ahead);
-            finish(a, sums, tile, row, column);
+        for (; row + TILE <= row1; row += TILE, ahead += bytes / 8) {
+            product<TILE>(a, panel, row, sums, ahead);
+            finish(a, sums, TILE, row, column);
         }
-        while (row < row1) {
-            const int left = row1 - row;
-            int n = 1;
-            if (tile > 8 && left >= 8) {
-                product<8>(a, panel, row, sums);
-                n = 8;
-            } else if (tile > 4 && left >= 4) {
-                product<4>(a, panel, row, sums);
-                n = 4;
-            } else if (left >= 2) {
-                product<2>(a, panel, row, sums);
-                n = 2;
-            } else {
-                product<1>(a, panel, row, sums);
-            }
-            finish(a, sums, n, row, column);
-            row += n;
-        }
+        linear_rest(a, panel, row, row1, column, sums);
+    }
+}
+
+static void linear(const linear_args & a, int row0, int row1) {
+    switch (a.layout) {
+        case weight_layout::f32_panels: return linear_in_blocks<f32_block>(a, row0, row1);
+        case weight_layout::int16_panels: return linear_in_blocks<int16_part>(a, row0, row1);
+        case weight_layout::int8_panels: return linear_in_tiles<int8_tile>(a, row0, row1);
+        default: return linear_in_tiles<tile>(a, row0, row1);
     }
 }
 

@@ -3,6 +3,7 @@
 
 #include "../rotation.hpp"
 #include "gemm.hpp"
+#include "quantize.hpp"
 
 namespace {
 
@@ -51,45 +52,6 @@ LC_INLINE void rotate_row(float * x, int n) {
         for (int j = 0; j < count; j++) {
             store(x + i + j * width, v[j]);
         }
-    }
-}
-
-// Quantize a row to uint8 for VNNI: value = (byte - zero) * scale. The bytes cover the range of the
-// row's values and zero.
-LC_INLINE void quantize_row(const float * x, int n, uint8_t * y, float * scale) {
-    vf low = {}, high = {}, finite = {};  // 0 * NaN is NaN, which a maximum may lose
-    int i = 0;
-    for (; i + width <= n; i += width) {
-        const vf v = load(x + i);
-        high = vmax(high, v);
-        low = vmax(low, -v);
-        finite += v * 0.f;
-    }
-    float max = reduce_max(high), minus_min = reduce_max(low), zero_sum = reduce_sum(finite);
-    for (; i < n; i++) {
-        max = x[i] > max ? x[i] : max;
-        minus_min = -x[i] > minus_min ? -x[i] : minus_min;
-        zero_sum += x[i] * 0.f;
-    }
-    const float range = max + minus_min + zero_sum;
-    const float inverse_scale = range > 0 ? 255.f / range : 0.f;
-    const float zero = __builtin_rintf(minus_min * inverse_scale);
-    scale[0] = range / 255.f;
-    scale[1] = zero;
-    i = 0;
-#if defined(__AVX512F__)
-    for (; i + width <= n; i += width) {
-        const __m512i v = _mm512_cvtps_epi32((__m512) (load(x + i) * inverse_scale + zero));
-        _mm_storeu_si128((__m128i *) (y + i),
-                         _mm512_cvtusepi32_epi8(_mm512_max_epi32(v, _mm512_setzero_si512())));
-    }
-#endif
-    for (; i < n; i++) {
-        const float v = __builtin_rintf(x[i] * inverse_scale + zero);
-        y[i] = (uint8_t) (v > 255.f ? 255.f : v > 0.f ? v : 0.f);
-    }
-    for (; i % 4; i++) {
-        y[i] = 0;  // the weights that pad k are 0 too
     }
 }
 
@@ -143,6 +105,7 @@ LC_INLINE float sum_of_squares(const float * t, int n, float mean) {
 // quantized.
 LC_INLINE void finish_norm_row(const norm_args & a, int row, float * t, float mean, float scale) {
     const int n = a.n, whole = n / width * width;
+    const bool keeps = a.y_int16 || a.y_int8;
     float * y = a.y ? a.y + row * a.ldy : nullptr;
     uint16_t * y_bf16 = a.y_bf16 ? a.y_bf16 + row * a.ldy : nullptr;
     int i = 0;
@@ -165,7 +128,7 @@ LC_INLINE void finish_norm_row(const norm_args & a, int row, float * t, float me
             store_bf16(y_bf16 + i, v);
         }
 #endif
-        if (a.y_int8) {
+        if (keeps) {
             store(t + i, v);
         }
     }
@@ -201,9 +164,12 @@ static void norm(const norm_args & a, int row0, int row1) {
             scale = 1.f / __builtin_sqrtf(sum_of_squares(t, a.n, mean) / a.n + a.eps);
         }
         finish_norm_row(a, row, t, mean, scale);
+        if (a.y_int16) {
+            to_int16(t, a.y_int16 + row * (size_t) int16_row(a.n), a.n);
+        }
         if (a.y_int8) {
             rotate_row(t, a.n);
-            quantize_row(t, a.n, a.y_int8 + row * a.ldq, a.y_scale + 2 * row);
+            quantize_row_int8(t, a.n, a.y_int8 + row * a.ldq, a.y_scale + 2 * row);
         }
     }
 }

@@ -24,6 +24,8 @@ constexpr int width = 4;
 
 typedef float vf __attribute__((vector_size(4 * width)));
 typedef int32_t vi __attribute__((vector_size(4 * width)));
+typedef int16_t vh __attribute__((vector_size(2 * width)));
+typedef uint8_t vb __attribute__((vector_size(width)));
 
 LC_INLINE vf load(const float * p) {
     vf r;
@@ -33,7 +35,16 @@ LC_INLINE vf load(const float * p) {
 
 LC_INLINE void store(float * p, vf v) { std::memcpy(p, &v, sizeof v); }
 
-LC_INLINE vf splat(float x) { return vf{} + x; }
+// `vf{} + x` would add, as -0 + 0 is 0.
+LC_INLINE vf splat(float x) {
+#if defined(__AVX512F__)
+    return (vf) _mm512_set1_ps(x);
+#elif defined(__AVX2__)
+    return (vf) _mm256_set1_ps(x);
+#else
+    return vf{x, x, x, x};
+#endif
+}
 
 // The greater of each two numbers; NaN where `b` is NaN.
 LC_INLINE vf vmax(vf a, vf b) {
@@ -53,6 +64,18 @@ LC_INLINE vf vmin(vf a, vf b) {
     return (vf) _mm256_min_ps((__m256) a, (__m256) b);
 #else
     return a < b ? a : b;
+#endif
+}
+
+// a * b + c. The compiler fuses what it likes, here and there: where a row must get the same bits
+// in every tile, it has no choice with this.
+LC_INLINE vf multiply_add(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+    return (vf) _mm512_fmadd_ps((__m512) a, (__m512) b, (__m512) c);
+#elif defined(__AVX2__)
+    return (vf) _mm256_fmadd_ps((__m256) a, (__m256) b, (__m256) c);
+#else
+    return a * b + c;
 #endif
 }
 
@@ -203,9 +226,20 @@ LC_INLINE void store_bf16(uint16_t * p, vf v) {
 }
 #endif
 
-// The two values of a pair of bf16 in 32 bits: the first is the low half.
-LC_INLINE vf low_bf16(vi pairs) { return (vf) (pairs << 16); }
-LC_INLINE vf high_bf16(vi pairs) { return (vf) (pairs & (int32_t) 0xffff0000u); }
+// Add the products of pairs of int16: a[2 i] b[2 i] + a[2 i + 1] b[2 i + 1].
+LC_INLINE vi add_pair_products(vi sum, vi a, vi b) {
+#if defined(__AVX512VNNI__)
+    return (vi) _mm512_dpwssd_epi32((__m512i) sum, (__m512i) a, (__m512i) b);
+#elif defined(__AVXVNNI__)
+    return (vi) _mm256_dpwssd_avx_epi32((__m256i) sum, (__m256i) a, (__m256i) b);
+#elif defined(__AVX2__)
+    return sum + (vi) _mm256_madd_epi16((__m256i) a, (__m256i) b);
+#elif defined(__SSE2__)
+    return sum + (vi) _mm_madd_epi16((__m128i) a, (__m128i) b);
+#else
+    return sum + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+#endif
+}
 
 LC_INLINE vi load_i(const void * p) {
     vi r;
