@@ -1,5 +1,7 @@
 #include "executor.hpp"
 
+#include <cstring>
+
 #include "attention_mask.hpp"
 
 namespace llamacrab::kernels {
@@ -19,7 +21,9 @@ step_data executor::data_of(const step & s) const {
     d.x = operand_data(s.x, s.x_type);
     d.k = operand_data(s.k, s.x_type);
     d.v = operand_data(s.v, s.x_type);
-    if (s.write_f32) {
+    if (s.f32_slot != no_slot) {
+        d.y = (float *) slot_data(s.f32_slot);
+    } else if (s.write_f32) {
         d.y = (float *) s.out->data;
     }
     if (s.bf16_slot != no_slot) {
@@ -57,6 +61,9 @@ ggml_status executor::run(const ggml_cgraph * graph) {
             return GGML_STATUS_ABORTED;
         }
         run_step(s);
+        if (s.write_f32 && s.f32_slot != no_slot) {
+            std::memcpy(s.out->data, slot_data(s.f32_slot), ggml_nbytes(s.out));
+        }
     }
     return GGML_STATUS_SUCCESS;
 }

@@ -62,7 +62,7 @@ static size_t slot_bytes(const ggml_tensor * t, data_type type) {
 
 class planner {
   public:
-    explicit planner(const ggml_cgraph * graph) : graph(graph), set(active_kernels()) {}
+    explicit planner(const ggml_cgraph * graph) : graph(graph) {}
 
     plan make();
 
@@ -71,14 +71,10 @@ class planner {
         int n_local_uses = 0;        // by nodes of this graph, which may be a part of a larger one
         int producer = -1;           // the step that computes it
         bool needed_as_f32 = false;  // in its own memory
-        int bf16_slot = no_slot, int16_slot = no_slot, int8_slot = no_slot;
+        int slots[4] = {no_slot, no_slot, no_slot, no_slot};  // of each data_type
         const ggml_tensor * copy_of = nullptr;  // the copy is left out: readers read this instead
 
-        int & slot_of(data_type type) {
-            return type == data_type::int8    ? int8_slot
-                   : type == data_type::int16 ? int16_slot
-                                              : bf16_slot;
-        }
+        int & slot_of(data_type type) { return slots[(int) type]; }
     };
 
     const ggml_tensor * node_at(int i) const { return graph->nodes[i]; }
@@ -171,11 +167,14 @@ class planner {
     void place_slots();
 
     const ggml_cgraph * graph;
-    const kernel_table & set;
     plan result;
     std::unordered_map<const ggml_tensor *, tensor_info> info;
-    bool bf16_attention = false;
+    data_type attention_type = data_type::f32;
 };
+
+static bool is_integer(data_type type) {
+    return type == data_type::int16 || type == data_type::int8;
+}
 
 // Find a copy of a tensor in another type, or make the step that produces the tensor write one.
 bool planner::find_slot(const ggml_tensor * t, data_type type, operand & from) {
@@ -185,10 +184,10 @@ bool planner::find_slot(const ggml_tensor * t, data_type type, operand & from) {
     if (slot == no_slot && known.producer >= 0 && ggml_is_contiguous(base)) {
         step & s = result.steps[known.producer];
         const bool by_rows = s.kind == step_kind::norm || s.kind == step_kind::linear;
-        if (type == data_type::bf16 && (by_rows || s.kind == step_kind::attention ||
-                                        s.kind == step_kind::gate || s.kind == step_kind::rope)) {
-            slot = s.bf16_slot = new_slot(slot_bytes(base, type), known.producer);
-        } else if (type != data_type::bf16 && by_rows && base->ne[0] <= widest_row) {
+        const bool whole_integers = by_rows && base->ne[0] <= widest_row;
+        const bool any_floats = by_rows || s.kind == step_kind::attention ||
+                                s.kind == step_kind::gate || s.kind == step_kind::rope;
+        if (is_integer(type) ? whole_integers : any_floats) {
             slot = s.slot_of(type) = new_slot(slot_bytes(base, type), known.producer);
         }
     }
@@ -230,7 +229,7 @@ operand planner::product_operand(const ggml_tensor * t, data_type type) {
     // Rows of integers have scales: only a whole tensor can be read from a slot, not a part of it.
     const ggml_tensor * base = base_of(t);
     const bool whole = ggml_nelements(t) == ggml_nelements(base) && t->ne[0] == base->ne[0];
-    if ((type == data_type::bf16 || whole) && find_slot(t, type, from)) {
+    if ((!is_integer(type) || whole) && find_slot(t, type, from)) {
         return from;
     }
     return convert(t, type);
@@ -385,11 +384,11 @@ int planner::plan_add(int i) {
     return i;
 }
 
-// Leave out a copy to f16 that only attention reads, if attention can read its source in bf16.
+// Leave out a copy to f16 that only attention reads, if attention can read its source in a slot.
 bool planner::try_skip_copy(int i) {
     const ggml_tensor *node = node_at(i), *from = node->src[0];
     operand unused;
-    if (!bf16_attention || node->type != GGML_TYPE_F16 || from->nb[0] != sizeof(float) ||
+    if (node->type != GGML_TYPE_F16 || from->nb[0] != sizeof(float) ||
         (node->flags & GGML_TENSOR_FLAG_OUTPUT)) {
         return false;
     }
@@ -407,7 +406,7 @@ bool planner::try_skip_copy(int i) {
     }
     const int itself = node->src[1] == node ? 1 : 0;
     if (readers == 0 || n_uses(node) != readers + itself ||
-        !find_slot(from, data_type::bf16, unused)) {
+        !find_slot(from, attention_type, unused)) {
         return false;
     }
     info[node].copy_of = from;
@@ -429,7 +428,8 @@ int planner::plan_copy(int i) {
 
 operand planner::attention_operand(const ggml_tensor * t, data_type type) {
     operand from;
-    if (type == data_type::bf16 && find_slot(source_of(t), type, from)) {
+    const ggml_tensor * source = source_of(t);
+    if ((type != data_type::f32 || source != t) && find_slot(source, type, from)) {
         return from;
     }
     if (t->type == GGML_TYPE_F32 && type == data_type::f32) {
@@ -444,7 +444,7 @@ void planner::plan_attention(const ggml_tensor * node) {
     step s{};
     s.kind = step_kind::attention;
     s.node = s.out = node;
-    s.x_type = bf16_attention ? data_type::bf16 : data_type::f32;
+    s.x_type = attention_type;
     s.x = attention_operand(node->src[0], s.x_type);
     s.k = attention_operand(node->src[1], s.x_type);
     s.v = attention_operand(node->src[2], s.x_type);
@@ -510,11 +510,14 @@ void planner::choose_writes() {
 plan planner::make() {
     count_uses();
     // Attention is as exact as the products around it.
-    const bool has_bf16 = set.usual_layout == weight_layout::bf16_panels;
-    for (int i = 0; has_bf16 && i < graph->n_nodes; i++) {
+    for (int i = 0; i < graph->n_nodes; i++) {
         const ggml_tensor *node = node_at(i), *w = node->src[0];
-        bf16_attention = bf16_attention || (node->op == GGML_OP_MUL_MAT && is_packed_weight(w) &&
-                                            layout_of(w) != weight_layout::f32_panels);
+        if (node->op == GGML_OP_MUL_MAT && is_packed_weight(w) &&
+            (layout_of(w) == weight_layout::bf16_panels ||
+             (layout_of(w) == weight_layout::int8_panels &&
+              active_kernels().usual_layout == weight_layout::bf16_panels))) {
+            attention_type = data_type::bf16;
+        }
     }
     for (int i = 0; i < graph->n_nodes; i++) {
         const ggml_tensor * node = node_at(i);

@@ -53,7 +53,8 @@ struct step {
     const ggml_tensor * node;  // the first node
     const ggml_tensor * out;   // the last node: what the step computes
     bool write_f32 = false;    // write the result to the memory of `out`
-    int bf16_slot = no_slot;   // and to these slots; convert and gather may write f32 to the first
+    int f32_slot = no_slot;    // and to these slots
+    int bf16_slot = no_slot;
     int int16_slot = no_slot;
     int int8_slot = no_slot;
 
@@ -71,12 +72,16 @@ struct step {
     bool has_tail() const { return residual || norm || int8_slot != no_slot; }
 
     int & slot_of(data_type type) {
-        return type == data_type::int8    ? int8_slot
-               : type == data_type::int16 ? int16_slot
-                                          : bf16_slot;
+        switch (type) {
+            case data_type::f32: return f32_slot;
+            case data_type::bf16: return bf16_slot;
+            case data_type::int16: return int16_slot;
+            default: return int8_slot;
+        }
     }
     bool writes_slot() const {
-        return bf16_slot != no_slot || int16_slot != no_slot || int8_slot != no_slot;
+        return f32_slot != no_slot || bf16_slot != no_slot || int16_slot != no_slot ||
+               int8_slot != no_slot;
     }
 };
 

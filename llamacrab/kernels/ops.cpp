@@ -287,12 +287,12 @@ static float value_at(const ggml_tensor * t, const char * at) {
                                     : ggml_fp16_to_fp32(*(const ggml_fp16_t *) at);
 }
 
-// The slot of these two is of float32 or of bf16, as `x_type` says.
-static void store_as(data_type type, void * slot, size_t index, float value) {
-    if (type == data_type::f32) {
-        ((float *) slot)[index] = value;
+// These two write float32 or bf16, as `x_type` says.
+static void store_as(const step & s, const step_data & data, size_t index, float value) {
+    if (s.x_type == data_type::f32) {
+        data.y[index] = value;
     } else {
-        ((uint16_t *) slot)[index] = ggml_fp32_to_bf16(value).bits;
+        data.y_bf16[index] = ggml_fp32_to_bf16(value).bits;
     }
 }
 
@@ -315,7 +315,7 @@ void run_convert(const step & s, const step_data & data, int row0, int row1) {
     }
     for (int64_t i = row0 * n; i < row1 * n; i++) {
         const float value = ggml_fp16_to_fp32(((const ggml_fp16_t *) x->data)[i]);
-        store_as(s.x_type, data.y_bf16, i, value);
+        store_as(s, data, i, value);
     }
 }
 
@@ -327,7 +327,7 @@ void run_gather(const step & s, const step_data & data, int row0, int row1) {
         const char * from = row_of(x, row);
         const size_t to = (row % x->ne[1] * x->ne[2] + row / x->ne[1]) * n;
         for (int64_t i = 0; i < n; i++) {
-            store_as(s.x_type, data.y_bf16, to + i, value_at(x, from + i * size));
+            store_as(s, data, to + i, value_at(x, from + i * size));
         }
     }
 }
