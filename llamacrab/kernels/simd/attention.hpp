@@ -152,16 +152,60 @@ struct bf16_data {
 };
 #endif
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Columns of an 8 x 8 matrix become its rows.
+LC_INLINE void transpose8(vf r[8]) {
+    __m256 t[8], u[8];
+#pragma GCC unroll 4
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_ps((__m256) r[i], (__m256) r[i + 1]);
+        t[i + 1] = _mm256_unpackhi_ps((__m256) r[i], (__m256) r[i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4) {
+        u[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+        u[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+        u[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+        u[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        r[i] = (vf) _mm256_permute2f128_ps(u[i], u[i + 4], 0x20);
+        r[i + 4] = (vf) _mm256_permute2f128_ps(u[i], u[i + 4], 0x31);
+    }
+}
+#endif
+
 struct f32_data {
     typedef float type;
 
     static inline __attribute__((always_inline)) void pack_keys(const attention_args & a,
                                                                 const float * k, int n,
                                                                 float * out) {
-        for (int key = 0; key < round_to_panel(n); key++) {
+        int whole = 0;  // values of each key that are packed by vectors
+#if defined(__AVX2__) && !defined(__AVX512F__)
+        whole = a.d_k / width * width;
+        for (int key = 0; key < round_to_panel(n); key += width) {
             float * panel =
                 out + (size_t) (key / panel_width) * a.d_k * panel_width + key % panel_width;
-            for (int d = 0; d < a.d_k; d++) {
+            for (int d = 0; d < whole; d += width) {
+                vf r[width];
+#pragma GCC unroll 8
+                for (int i = 0; i < width; i++) {
+                    r[i] = key + i < n ? load(k + (key + i) * a.k_row + d) : vf{};
+                }
+                transpose8(r);
+#pragma GCC unroll 8
+                for (int i = 0; i < width; i++) {
+                    store(panel + (size_t) (d + i) * panel_width, r[i]);
+                }
+            }
+        }
+#endif
+        for (int key = 0; whole < a.d_k && key < round_to_panel(n); key++) {
+            float * panel =
+                out + (size_t) (key / panel_width) * a.d_k * panel_width + key % panel_width;
+            for (int d = whole; d < a.d_k; d++) {
                 panel[(size_t) d * panel_width] = key < n ? k[key * a.k_row + d] : 0.f;
             }
         }

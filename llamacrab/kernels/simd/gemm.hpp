@@ -355,6 +355,8 @@ struct f32_block {
           ldx(a.ldx),
           k(a.k - begin < size ? a.k - begin : size) {}
 
+    const float * end() const { return w + (size_t) k * panel_width; }
+
     template <int NT>
     inline __attribute__((always_inline)) void multiply(int t, float * sums, bool begin) const {
         product_f32<NT>(w, x + t * ldx, ldx, k, sums, panel_width, begin);
@@ -379,6 +381,8 @@ struct int16_part {
         w_scale = (const float *) (w + (size_t) k * panel_width);
     }
 
+    const float * end() const { return w_scale + panel_width; }
+
     template <int NT>
     inline __attribute__((always_inline)) void multiply(int t, float * sums, bool begin) const {
         product_int16<NT>(w, w_scale, x + t * ldx,
@@ -390,14 +394,24 @@ struct int16_part {
 // Rows that are multiplied with a block. A multiple of tile.
 constexpr int rows_at_once = 96;
 
-// Sums of up to rows_at_once rows with all of k.
+LC_INLINE void prefetch(const char * from, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += 64) {
+        __builtin_prefetch(from + i);
+    }
+}
+
+// Sums of up to rows_at_once rows with all of k. Each tile prefetches a part of what comes after
+// the block, because weights that do not fit in L2 are otherwise waited for.
 template <class block>
 LC_INLINE void multiply_blocks(const linear_args & a, const char * panel, int row, int rows,
                                float * sums) {
     for (int i = 0; i < a.k; i += block::size) {
         const block part(a, panel, row, i);
+        const char * ahead = (const char *) part.end();  // of the next block, or panel
+        const size_t bytes = ahead - (const char *) part.w;
         int t = 0;
         for (; t + tile <= rows; t += tile) {
+            prefetch(ahead + bytes * t / rows, bytes * tile / rows);
             part.template multiply<tile>(t, sums + t * panel_width, i == 0);
         }
         for (; t + 2 <= rows; t += 2) {

@@ -165,11 +165,18 @@ LC_INLINE vf exp2v(vf x) {
     const vf big = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
     const vf t = x + big;
     const vf f = x - (t - big);  // in [-1/2, 1/2]
-    p = f * 1.32764701e-3f + 9.67554096e-3f;
-    p = p * f + 5.55071346e-2f;
-    p = p * f + 2.40221202e-1f;
-    p = p * f + 6.93146944e-1f;
-    p = p * f + 1.00000012f;
+    if (P == precision::bf16) {  // an error of 3e-6, enough for int16 too
+        p = f * 9.5701e-3f + 5.591786e-2f;
+        p = p * f + 2.4024745e-1f;
+        p = p * f + 6.9312181e-1f;
+        p = p * f + 9.9999926e-1f;
+    } else {
+        p = f * 1.32764701e-3f + 9.67554096e-3f;
+        p = p * f + 5.55071346e-2f;
+        p = p * f + 2.40221202e-1f;
+        p = p * f + 6.93146944e-1f;
+        p = p * f + 1.00000012f;
+    }
     return (vf) ((vi) p + ((vi) t << 23));
 #endif
 }
@@ -187,6 +194,9 @@ LC_INLINE vf inverse(vf x) {
     // If the estimate is 0 (x is infinite), the correction would be infinity times 0.
     return (vf) _mm512_mask_mul_ps(r, _mm512_cmp_ps_mask(r, _mm512_setzero_ps(), _CMP_NEQ_UQ), r,
                                    e);
+#elif defined(__AVX2__)
+    const __m256 r = _mm256_rcp_ps((__m256) x);  // and one step of Newton's method
+    return (vf) _mm256_mul_ps(r, _mm256_fnmadd_ps((__m256) x, r, _mm256_set1_ps(2.f)));
 #else
     return 1.f / x;
 #endif
