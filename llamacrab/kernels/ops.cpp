@@ -5,6 +5,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
+
 #include "ggml_backend.hpp"
 
 namespace llamacrab::kernels {
@@ -86,9 +90,24 @@ static linear_args make_linear_args(const step & s, const step_data & data) {
     return a;
 }
 
+static size_t l2_bytes() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    static const long known = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    if (known > 0) {
+        return (size_t) known;
+    }
+#endif
+    return 512 * 1024;
+}
+
 // Threads take whole tiles. Few rows are divided into blocks of one tile.
 static int block_rows(const step & s, const linear_args & a, int n_rows, int n_threads) {
     int block = rows_per_block;
+    if (s.has_tail()) {
+        // With what they become next, in half of L2.
+        const int fit = (int) (l2_bytes() / 2 / (a.m * sizeof(float)));
+        block = std::max(24, std::min(block, fit / 12 * 12));
+    }
     if (!s.has_tail() && s.int16_slot == no_slot) {
         block *= std::max(1, max_block_bytes / (2 * a.k * rows_per_block));
     }

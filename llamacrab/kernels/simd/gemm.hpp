@@ -135,8 +135,6 @@ LC_INLINE void product_bf16(const uint16_t * w, const uint16_t * x, size_t ldx, 
 #endif
 
 #if defined(__AVX512VNNI__)
-constexpr int int8_tile = tile;
-
 // Sums of uint8 times int8.
 template <int NT>
 LC_INLINE void product_int8(const int8_t * w, const uint8_t * x, size_t ldx, int k, int32_t * out,
@@ -168,8 +166,6 @@ LC_INLINE void product_int8(const int8_t * w, const uint8_t * x, size_t ldx, int
     }
 }
 #elif defined(__AVX2__)
-constexpr int int8_tile = 4;
-
 // 32 products of uint8 and int8. Without VNNI two quadruples are summed in int16: see
 // int8_weight_sum.
 LC_INLINE __m256i add_byte_products(__m256i sum, const int8_t * w, __m256i x0, __m256i x1) {
@@ -193,7 +189,7 @@ LC_INLINE __m256i splat_quadruple(const uint8_t * x) {
 // Sums of uint8 times int8; k is padded to a multiple of 8.
 template <int NT>
 LC_INLINE void product_int8(const int8_t * w, const uint8_t * x, size_t ldx, int k, int32_t * out,
-                            const char *) {
+                            bool begin) {
     for (int first = 0; first < vectors; first += 2) {
         __m256i a[NT], b[NT];
 #pragma GCC unroll 4
@@ -212,14 +208,13 @@ LC_INLINE void product_int8(const int8_t * w, const uint8_t * x, size_t ldx, int
         }
 #pragma GCC unroll 4
         for (int t = 0; t < NT; t++) {
-            int32_t * to = out + t * panel_width + first * width;
-            _mm256_storeu_si256((__m256i *) to, a[t]);
-            _mm256_storeu_si256((__m256i *) (to + width), b[t]);
+            auto * to = (__m256i *) (out + t * panel_width + first * width);
+            _mm256_storeu_si256(to, begin ? a[t] : _mm256_add_epi32(a[t], _mm256_loadu_si256(to)));
+            to++;
+            _mm256_storeu_si256(to, begin ? b[t] : _mm256_add_epi32(b[t], _mm256_loadu_si256(to)));
         }
     }
 }
-#else
-constexpr int int8_tile = tile;
 #endif
 
 template <precision P = precision::f32>
@@ -316,7 +311,7 @@ template <int NT>
 LC_INLINE void product(const linear_args & a, const char * panel, int row, float * sums,
                        const char * ahead = nullptr) {
     switch (a.layout) {
-#if defined(__AVX2__)
+#if defined(__AVX512VNNI__)
         case weight_layout::int8_panels:
             return product_int8<NT>((const int8_t *) panel, (const uint8_t *) a.x + row * a.ldx,
                                     a.ldx, a.k, (int32_t *) sums, ahead);
@@ -344,7 +339,7 @@ LC_INLINE size_t panel_bytes(weight_layout layout, int k) {
 
 // Products of a block of k: a block of a panel stays in L1 while it is multiplied with many rows.
 struct f32_block {
-    static constexpr int size = 192;
+    static constexpr int size = 192, tile = ::tile;
     const float *w, *x;
     size_t ldx;
     int k;
@@ -365,7 +360,7 @@ struct f32_block {
 
 // The same with scales, which follow each block.
 struct int16_part {
-    static constexpr int size = int16_block;
+    static constexpr int size = int16_block, tile = ::tile;
     const int16_t *w, *x;
     const float *w_scale, *x_scale;
     size_t ldx;
@@ -391,7 +386,31 @@ struct int16_part {
     }
 };
 
-// Rows that are multiplied with a block. A multiple of tile.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Sums of integers, which finish() scales.
+struct int8_part {
+    static constexpr int size = 512, tile = 4;
+    const int8_t * w;
+    const uint8_t * x;
+    size_t ldx;
+    int k;
+
+    int8_part(const linear_args & a, const char * panel, int row, int begin)
+        : w((const int8_t *) panel + (size_t) begin * panel_width),
+          x((const uint8_t *) a.x + row * a.ldx + begin),
+          ldx(a.ldx),
+          k(a.k - begin < size ? a.k - begin : size) {}
+
+    const int8_t * end() const { return w + (size_t) (k + 7) / 8 * 8 * panel_width; }
+
+    template <int NT>
+    inline __attribute__((always_inline)) void multiply(int t, float * sums, bool begin) const {
+        product_int8<NT>(w, x + t * ldx, ldx, k, (int32_t *) sums, begin);
+    }
+};
+#endif
+
+// Rows that are multiplied with a block. A multiple of every tile.
 constexpr int rows_at_once = 96;
 
 LC_INLINE void prefetch(const char * from, size_t bytes) {
@@ -410,9 +429,9 @@ LC_INLINE void multiply_blocks(const linear_args & a, const char * panel, int ro
         const char * ahead = (const char *) part.end();  // of the next block, or panel
         const size_t bytes = ahead - (const char *) part.w;
         int t = 0;
-        for (; t + tile <= rows; t += tile) {
-            prefetch(ahead + bytes * t / rows, bytes * tile / rows);
-            part.template multiply<tile>(t, sums + t * panel_width, i == 0);
+        for (; t + block::tile <= rows; t += block::tile) {
+            prefetch(ahead + bytes * t / rows, bytes * block::tile / rows);
+            part.template multiply<block::tile>(t, sums + t * panel_width, i == 0);
         }
         for (; t + 2 <= rows; t += 2) {
             part.template multiply<2>(t, sums + t * panel_width, i == 0);
@@ -486,7 +505,6 @@ LC_INLINE void linear_rest(const linear_args & a, const char * panel, int row, i
     }
 }
 
-template <int TILE>
 LC_INLINE void linear_in_tiles(const linear_args & a, int row0, int row1) {
     alignas(64) float sums[tile * panel_width];
     const size_t bytes = panel_bytes(a.layout, a.k);
@@ -496,9 +514,9 @@ LC_INLINE void linear_in_tiles(const linear_args & a, int row0, int row1) {
         // Prefetch the next panel while this one is multiplied, an eighth with each tile: else the
         // first tile of each panel waits for memory.
         const char * ahead = panel + bytes;
-        for (; row + TILE <= row1; row += TILE, ahead += bytes / 8) {
-            product<TILE>(a, panel, row, sums, ahead);
-            finish(a, sums, TILE, row, column);
+        for (; row + tile <= row1; row += tile, ahead += bytes / 8) {
+            product<tile>(a, panel, row, sums, ahead);
+            finish(a, sums, tile, row, column);
         }
         linear_rest(a, panel, row, row1, column, sums);
     }
@@ -508,8 +526,10 @@ static void linear(const linear_args & a, int row0, int row1) {
     switch (a.layout) {
         case weight_layout::f32_panels: return linear_in_blocks<f32_block>(a, row0, row1);
         case weight_layout::int16_panels: return linear_in_blocks<int16_part>(a, row0, row1);
-        case weight_layout::int8_panels: return linear_in_tiles<int8_tile>(a, row0, row1);
-        default: return linear_in_tiles<tile>(a, row0, row1);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+        case weight_layout::int8_panels: return linear_in_blocks<int8_part>(a, row0, row1);
+#endif
+        default: return linear_in_tiles(a, row0, row1);
     }
 }
 
