@@ -71,6 +71,8 @@ include "batch.pyx"
 include "context.pyx"
 include "scheduler.pyx"
 include "devices.pyx"
+include "build_info.pyx"
+include "testing.pyx"
 
 c.log_install(_log_sink)
 native.asserts_install()
