@@ -7,6 +7,13 @@ cdef int TEXTS_A_CHUNK = 512
 # Tokens that texts must begin with together to be worth a decode of their own.
 cdef size_t SHARED_MIN = 16
 
+cdef dict _NORM_KINDS = {
+    "none": <int>native.norm_kind.none,
+    "p": <int>native.norm_kind.p,
+    "max": <int>native.norm_kind.max,
+    "int16": <int>native.norm_kind.int16,
+}
+
 
 @cython.no_gc_clear  # workers may write into its rows until it is freed
 cdef class Job:
@@ -35,7 +42,8 @@ cdef class Job:
     cdef bint _pooled
 
     def __init__(self, Scheduler scheduler not None, Tokenization tokenization not None,
-                 int64_t n_texts, double norm, int width, bint dedup, bint share):
+                 int64_t n_texts, str norm, double p, int width, bint dedup, bint share):
+        cdef int norm_value = _NORM_KINDS[norm]
         self._scheduler = scheduler
         self._handle = scheduler.handle()
         self._tokenization = tokenization
@@ -48,7 +56,8 @@ cdef class Job:
             self.rows = [np.empty((0, self._n_out), dtype=np.float32)] * n_texts
         self.done = np.zeros(n_texts, dtype=bool)
         self._job = new native.job()
-        self._job.norm = norm
+        self._job.norm = <native.norm_kind>norm_value
+        self._job.p = p
         self._job.width = self._n_out
         # A score may be zero; no text that a model understood has a vector of zeros.
         self._job.may_be_zero = scheduler._context.pooling_type == PoolingType.RANK

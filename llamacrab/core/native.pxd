@@ -131,9 +131,11 @@ cdef extern from "native/scheduler.hpp" namespace "llamacrab" nogil:
         throws
         not_finite
 
-    double norm_none
-    double norm_max
-    double norm_int16
+    enum class norm_kind:
+        none
+        p
+        max
+        int16
 
     cppclass failure:
         failure_kind kind
@@ -146,7 +148,8 @@ cdef extern from "native/scheduler.hpp" namespace "llamacrab" nogil:
 
     cppclass job:
         job() except +
-        double norm
+        norm_kind norm
+        double p
         int32_t width
         cbool dedup
         cbool may_be_zero

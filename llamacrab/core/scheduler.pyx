@@ -209,8 +209,8 @@ cdef class Scheduler:
             and self._context.pooling_type in (PoolingType.LAST, PoolingType.RANK)
         )
 
-    def job(self, Tokenization tokenization not None, int64_t n_texts, *, double norm=0,
-            int width=0, bint dedup=True, bint share=True):
+    def job(self, Tokenization tokenization not None, int64_t n_texts, *,
+            str norm="none", double p=2, int width=0, bint dedup=True, bint share=True):
         """Return a `Job` for `n_texts` texts.
 
         Parameters
@@ -219,9 +219,11 @@ cdef class Scheduler:
             Makes texts into ids.
         n_texts : int
             How many texts will be added.
-        norm : float
-            p of the p-norm that rows are divided by; 0: none; inf: the greatest absolute value;
-            -16: that, scaled to 32760.
+        norm : {"none", "p", "max", "int16"}
+            What rows are divided by: nothing, their p-norm, their largest absolute value, or that
+            value scaled to 32760.
+        p : float
+            The p of the p-norm, at least 1.
         width : int
             Numbers of a row that are wanted, from the first; 0: all.
         dedup : bool
@@ -229,7 +231,7 @@ cdef class Scheduler:
         share : bool
             Compute what the texts begin with once, if `shares_prefix`.
         """
-        return Job(self, tokenization, n_texts, norm, width, dedup, share)
+        return Job(self, tokenization, n_texts, norm, p, width, dedup, share)
 
     def future(self, Job job not None, finish=None, remap_error=None):
         """Return a `concurrent.futures.Future` of a job, to which all texts have been added.

@@ -50,26 +50,41 @@ bool share(const item & a, const item & b) {
     return a.n_shared && b.n_shared && (a.owner == b.owner || a.owner->shared == b.owner->shared);
 }
 
-// The p-norm of a row, or one of the norms beside it.
-double norm_of(const float * row, int32_t n, double p) {
-    double sum = 0, most = 0;
-    if (p == 2) {
-        for (int32_t e = 0; e < n; ++e) {
-            sum += double(row[e]) * row[e];
-        }
-        return std::sqrt(sum);
+double l2_norm(const float * row, int32_t n) {
+    double sum = 0;
+    for (int32_t i = 0; i < n; ++i) {
+        sum += double(row[i]) * row[i];
     }
-    for (int32_t e = 0; e < n; ++e) {
-        most = std::max(most, std::abs(double(row[e])));
+    return std::sqrt(sum);
+}
+
+double max_norm(const float * row, int32_t n) {
+    double max = 0;
+    for (int32_t i = 0; i < n; ++i) {
+        max = std::max(max, std::abs(double(row[i])));
     }
-    if (p == norm_max || p == norm_int16) {
-        return p == norm_max ? most : most / 32760;
-    }
-    for (int32_t e = 0; e < n; ++e) {
+    return max;
+}
+
+double p_norm(const float * row, int32_t n, double p) {
+    const double max = max_norm(row, n);
+    double sum = 0;
+    for (int32_t i = 0; i < n; ++i) {
         sum +=
-            std::pow(std::abs(row[e]) / most, p);  // relative to the greatest: no power underflows
+            std::pow(std::abs(row[i]) / max, p);  // divided by the maximum, so no power underflows
     }
-    return most * std::pow(sum, 1 / p);
+    return max * std::pow(sum, 1 / p);
+}
+
+// The factor that normalizes a row of length `l2`.
+float scale_of(const float * row, const job & j, double l2) {
+    switch (j.norm) {
+        case norm_kind::none: return 1;
+        case norm_kind::p: return float(1 / (j.p == 2 ? l2 : p_norm(row, j.width, j.p)));
+        case norm_kind::max: return float(1 / max_norm(row, j.width));
+        case norm_kind::int16: return float(1 / (max_norm(row, j.width) / 32760));
+    }
+    return 1;
 }
 
 }  // namespace
@@ -675,14 +690,14 @@ failure scheduler::copy_row(worker & w, const item & i, int32_t seq_id, int32_t 
             return make_failure(failure_kind::decode, 0, "llama.cpp has no row for this text");
         }
         const job & j = *i.owner;
-        const double square = norm_of(row, j.width, 2);
-        if (!std::isfinite(square) || w.spoil) {
+        const double l2 = l2_norm(row, j.width);
+        if (!std::isfinite(l2) || w.spoil) {
             return make_failure(failure_kind::numerical, 0, "NaN or infinite");
         }
-        if (square == 0 && !j.may_be_zero) {
+        if (l2 == 0 && !j.may_be_zero) {
             return make_failure(failure_kind::numerical, 0, "all zero");
         }
-        const float scale = j.norm == norm_none ? 1.0f : float(1 / norm_of(row, j.width, j.norm));
+        const float scale = scale_of(row, j, l2);
         float * into = i.row + size_t(k) * j.width;
         for (int32_t e = 0; e < j.width; ++e) {
             into[e] = row[e] * scale;

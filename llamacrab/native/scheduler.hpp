@@ -13,7 +13,6 @@
 
 #include <atomic>
 #include <chrono>
-#include <cmath>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
@@ -78,8 +77,17 @@ class waiter {
     std::atomic<bool> woken{false};
 };
 
+// What each row is divided by.
+enum class norm_kind {
+    none,   // nothing
+    p,      // the p-norm, p >= 1
+    max,    // the largest absolute value
+    int16,  // the largest absolute value, scaled to 32760: llama.cpp's embd_normalize = 0
+};
+
 struct job {
-    double norm = 0;    // p of the norm that each row is divided by; see norm_of
+    norm_kind norm = norm_kind::none;
+    double p = 2;       // for norm_kind::p
     int32_t width = 0;  // floats of a row that are wanted, from the first
     bool dedup = true;
     bool may_be_zero = false;  // else a row of zeros is a failure, as NaN is
@@ -120,11 +128,6 @@ struct worker_stats {
     double decode_seconds = 0;
     double copy_seconds = 0;
 };
-
-// The norms beside the p-norms, p >= 1.
-constexpr double norm_none = 0;
-constexpr double norm_max = INFINITY;  // the greatest absolute value
-constexpr double norm_int16 = -16;     // the same, scaled to 32760: llama.cpp's embd_normalize = 0
 
 struct limits {
     int32_t pack_tokens = 0;  // tokens that a pack aims at; a longer text is a pack of its own
