@@ -18,7 +18,7 @@ cdef class Batch(_OfProcess):
     (6, (0, 1))
     """
 
-    cdef c.llama_batch _batch
+    cdef native.token_batch *_batch
     cdef readonly int capacity
     cdef dict _next_pos
 
@@ -26,13 +26,13 @@ cdef class Batch(_OfProcess):
         # llama.cpp allocates token by token, and does not look whether it got the memory.
         if not 1 <= n_tokens <= 2**24:
             raise ContextError(f"a batch has room for 1 to 2**24 tokens, not {n_tokens}")
-        self._batch = c.llama_batch_init(n_tokens, 0, 1)
+        self._batch = new native.token_batch(n_tokens)
         self.capacity = n_tokens
         self._next_pos = {}
 
     def __dealloc__(self):
-        if self._batch.token != NULL and not self.is_foreign():
-            c.llama_batch_free(self._batch)
+        if self._batch != NULL and not self.is_foreign():
+            del self._batch
 
     def add(self, int seq_id, tokens, *, pos=None):
         """Append the tokens of a sequence.
@@ -64,31 +64,23 @@ cdef class Batch(_OfProcess):
         cdef int first = self._next_pos.get(seq_id, 0) if pos is None else pos
         if first < 0:
             raise InputError(f"sequence {seq_id} cannot start at position {first}")
-        if self._batch.n_tokens + n > self.capacity:
+        if self._batch.n_tokens() + n > self.capacity:
             raise ContextError(
-                f"{n} more tokens do not fit: the batch holds {self._batch.n_tokens} of "
+                f"{n} more tokens do not fit: the batch holds {self._batch.n_tokens()} of "
                 f"{self.capacity}"
             )
-        cdef int i, at = self._batch.n_tokens
-        for i in range(n):
-            self._batch.token[at + i] = ids[i]
-            self._batch.pos[at + i] = first + i
-            self._batch.n_seq_id[at + i] = 1
-            self._batch.seq_id[at + i][0] = seq_id
-            # Every token is an output: llama.cpp wants it so for embeddings.
-            self._batch.logits[at + i] = 1
-        self._batch.n_tokens += n
+        self._batch.add(&ids[0], n, first, seq_id)
         self._next_pos[seq_id] = first + n
 
     def clear(self):
         """Forget all tokens; the room stays."""
-        self._batch.n_tokens = 0
+        self._batch.clear()
         self._next_pos = {}
 
     @property
     def n_tokens(self):
         """Number of tokens added."""
-        return self._batch.n_tokens
+        return self._batch.n_tokens()
 
     @property
     def seq_ids(self):
@@ -96,7 +88,7 @@ cdef class Batch(_OfProcess):
         return tuple(self._next_pos)
 
     def __len__(self):
-        return self._batch.n_tokens
+        return self._batch.n_tokens()
 
     def __repr__(self):
         return f"<Batch {self.n_tokens} of {self.capacity} tokens, {len(self._next_pos)} sequences>"

@@ -11,14 +11,14 @@ _FLASH_ATTN = {
 # `no_gc_clear`: when the garbage collector breaks a cycle, it would let go of the model first.
 @cython.no_gc_clear
 cdef class _ContextHandle(_OfProcess):
-    """Owns a llama_context, and holds the model that it reads."""
+    """Owns a decoder, and holds the model that it reads."""
 
-    cdef c.llama_context *ptr
+    cdef native.decoder *ptr
     cdef _ModelHandle model
 
     def __dealloc__(self):
         if self.ptr != NULL and not self.is_foreign():
-            c.llama_free(self.ptr)
+            del self.ptr
 
 
 cdef class Context:
@@ -62,7 +62,6 @@ cdef class Context:
     """
 
     cdef _ContextHandle _handle
-    cdef c.llama_context_params _params
     cdef Vocab _vocab
     cdef readonly object pooling_type
     cdef readonly int n_ctx, n_batch, n_ubatch, n_seq_max, n_threads
@@ -124,7 +123,7 @@ cdef class Context:
         c.log_take_errors()
         try:
             with nogil:
-                handle.ptr = native.make_context(handle.model.ptr, params)
+                handle.ptr = native.decoder.make(handle.model.ptr, params).release()
         except MemoryError:
             handle.ptr = NULL
         if handle.ptr == NULL:
@@ -136,19 +135,19 @@ cdef class Context:
                 f"cannot make a context of n_ctx={n_ctx}, n_batch={n_batch}, n_ubatch={n_ubatch}, "
                 f"n_seq_max={n_seq_max}: {reason}"
             )
-        self._params = params
+        cdef c.llama_context *context = handle.ptr.context()
         self._vocab = model.vocab
         self.pooling_type = pooling
-        self.n_ctx = c.llama_n_ctx(handle.ptr)
-        self.n_batch = c.llama_n_batch(handle.ptr)
-        self.n_ubatch = c.llama_n_ubatch(handle.ptr)
-        self.n_seq_max = c.llama_n_seq_max(handle.ptr)
-        self.n_threads = c.llama_n_threads_batch(handle.ptr)
-        self.is_causal = c.llama_get_causal_attn(handle.ptr)
-        self.has_memory = c.llama_get_memory(handle.ptr) != NULL
+        self.n_ctx = c.llama_n_ctx(context)
+        self.n_batch = c.llama_n_batch(context)
+        self.n_ubatch = c.llama_n_ubatch(context)
+        self.n_seq_max = c.llama_n_seq_max(context)
+        self.n_threads = c.llama_n_threads_batch(context)
+        self.is_causal = c.llama_get_causal_attn(context)
+        self.has_memory = c.llama_get_memory(context) != NULL
         self.n_pos_max = 2**31 - 1
         if self.has_memory:
-            self.n_pos_max = c.llama_n_ctx_seq(handle.ptr)
+            self.n_pos_max = c.llama_n_ctx_seq(context)
         if model.has_position_table:
             self.n_pos_max = min(self.n_pos_max, model.n_ctx_train)
         self.n_out = model.n_cls_out if pooling == PoolingType.RANK else model.n_embd_out
@@ -231,22 +230,16 @@ cdef class Context:
         self._decoded = {}
         self._n_decoded = 0
         self._check(batch)
-        cdef int32_t code
-        c.log_take_errors()
-        try:
-            with nogil:
-                code = c.llama_decode(handle.ptr, batch._batch)
-        except MemoryError:
-            raise AllocationError(f"not enough memory to decode {batch.n_tokens} tokens") from None
-        except RuntimeError as error:
-            raise DecodeError(-3, str(error)) from None
-        if code == 1:
+        cdef native.failure what
+        with nogil:
+            what = handle.ptr.decode(batch._batch[0])
+        if what.kind == native.failure_kind.no_room:
             raise ContextError(
                 f"the memory of this context (n_ctx={self.n_ctx}) has no room for {batch.n_tokens} "
                 "more tokens: call clear() between batches, or make n_ctx larger"
             )
-        if code != 0:
-            raise DecodeError(code, _native_errors())
+        if what.kind != native.failure_kind.none:
+            raise _error_of(what, f"decode {batch.n_tokens} tokens")
         self._decoded = dict(batch._next_pos)
         self._n_decoded = batch.n_tokens
         return 0
@@ -255,8 +248,7 @@ cdef class Context:
         """Forget what earlier batches left in the memory of a causal model."""
         cdef _ContextHandle handle = self.enter()
         try:
-            if self.has_memory:
-                c.llama_memory_clear(c.llama_get_memory(handle.ptr), False)
+            handle.ptr.clear_memory()
         finally:
             self.leave()
 
@@ -289,7 +281,7 @@ cdef class Context:
             raise InputError(f"a row has {self.n_out} values, the array has {out.shape[0]}")
         cdef const float *row
         with nogil:
-            row = c.llama_get_embeddings_seq(handle.ptr, seq_id)
+            row = handle.ptr.sequence_row(seq_id)
         if row == NULL:
             raise DecodeError(0, f"llama.cpp has no row for sequence {seq_id}")
         memcpy(&out[0], row, self.n_out * sizeof(float))
@@ -326,7 +318,7 @@ cdef class Context:
         cdef const float *row
         cdef int i
         for i in range(start, end):
-            row = c.llama_get_embeddings_ith(handle.ptr, i)
+            row = handle.ptr.token_row(i)
             if row == NULL:
                 raise DecodeError(0, f"llama.cpp has no row for token {i}: {_native_errors()}")
             memcpy(&view[i - start, 0], row, self.n_out * sizeof(float))
@@ -334,7 +326,7 @@ cdef class Context:
 
     cdef int _check(self, Batch batch) except -1:
         """Refuse what llama.cpp would assert on, or answer with a code and a log line."""
-        cdef int n = batch._batch.n_tokens
+        cdef int n = batch._batch.n_tokens()
         if n == 0:
             raise InputError("the batch holds no tokens")
         if n > self.n_batch:
@@ -350,9 +342,9 @@ cdef class Context:
             )
         cdef int i, token, seq_id, pos
         for i in range(n):
-            token = batch._batch.token[i]
-            seq_id = batch._batch.seq_id[i][0]
-            pos = batch._batch.pos[i]
+            token = batch._batch.token(i)
+            seq_id = batch._batch.seq_id(i)
+            pos = batch._batch.pos(i)
             if not 0 <= token < self._vocab.n_tokens:
                 raise InputError(
                     f"sequence {seq_id}: token id {token} is not in range({self._vocab.n_tokens})"
@@ -365,6 +357,20 @@ cdef class Context:
                     f"{self.n_pos_max} tokens a sequence"
                 )
         return 0
+
+
+cdef object _error_of(const native.failure &what, str action, str note=""):
+    """Return the exception for a failure that was met while trying to do `action`."""
+    message = what.message.decode("utf-8", "replace") or "llama.cpp gave no reason"
+    if what.kind == native.failure_kind.no_memory:
+        return AllocationError(f"not enough memory to {action}")
+    if what.kind == native.failure_kind.numerical:
+        return NumericalError(what.index, message)
+    if what.kind == native.failure_kind.closed:
+        return ClosedError("the Llama was closed")
+    if what.kind == native.failure_kind.cancelled:
+        return CancelledError("the job was cancelled")
+    return DecodeError(what.code, message + note)
 
 
 cdef cbool _all_finite(const float *row, int n) noexcept nogil:

@@ -253,22 +253,9 @@ cdef class Job:
 
     cdef int _raise_failure(self) except -1:
         cdef native.failure what = self._handle.ptr.failure_of(self._job[0])
-        message = what.message.decode("utf-8", "replace") or "llama.cpp gave no reason"
-        error = None
-        if what.kind == native.failure_kind.decode:
-            error = DecodeError(what.code, f"{message} (text {what.index})")
-        elif what.kind == native.failure_kind.no_memory:
-            error = AllocationError(f"not enough memory to compute text {what.index}")
-        elif what.kind == native.failure_kind.numerical:
-            error = NumericalError(what.index, message)
-        elif what.kind == native.failure_kind.thrown:
-            error = DecodeError(-3, f"{message} (text {what.index})")
-        elif what.kind == native.failure_kind.closed:
-            error = ClosedError("the Llama was closed")
-        elif what.kind == native.failure_kind.cancelled:
-            error = CancelledError("the job was cancelled")
-        if error is None:
+        if what.kind == native.failure_kind.none:
             return 0
+        error = _error_of(what, f"compute text {what.index}", f" (text {what.index})")
         if not isinstance(error, (ClosedError, CancelledError)):
             error.index = what.index
         raise error

@@ -56,7 +56,6 @@ cdef extern from "kernels/testing/compare_with_ggml.hpp" namespace "llamacrab::k
 
 cdef extern from "native/llama_guard.hpp" namespace "llamacrab" nogil:
     void asserts_install()
-    llama_context *make_context(llama_model *model, llama_context_params params) except +
 
 
 cdef extern from "core/load_model.hpp" namespace "llamacrab" nogil:
@@ -114,22 +113,16 @@ cdef extern from "native/tokenization.hpp" namespace "llamacrab" nogil:
                              thread_pool &helpers) except +
 
 
-cdef extern from "native/scheduler.hpp" namespace "llamacrab" nogil:
+cdef extern from "native/job.hpp" namespace "llamacrab" nogil:
     enum class failure_kind:
         none
         decode
+        no_room
         no_memory
         numerical
         thrown
         closed
         cancelled
-
-    enum class fault_kind:
-        none
-        decode_error
-        no_memory
-        throws
-        not_finite
 
     enum class norm_kind:
         none
@@ -171,11 +164,42 @@ cdef extern from "native/scheduler.hpp" namespace "llamacrab" nogil:
         token_vector tokens
         vector[item] items
 
+
+cdef extern from "native/queue.hpp" namespace "llamacrab" nogil:
     cppclass limits:
         int32_t pack_tokens
         int32_t pack_min
         int64_t queue_tokens
 
+
+cdef extern from "native/decoder.hpp" namespace "llamacrab" nogil:
+    enum class fault_kind:
+        none
+        decode_error
+        no_memory
+        throws
+        not_finite
+
+    cppclass token_batch:
+        token_batch(int32_t capacity) except +
+        void clear()
+        void add(const int32_t *ids, int32_t n_tokens, int32_t first_pos, int32_t seq_id)
+        int32_t n_tokens()
+        int32_t token(int32_t i)
+        int32_t pos(int32_t i)
+        int32_t seq_id(int32_t i)
+
+    cppclass decoder:
+        @staticmethod
+        unique_ptr[decoder] make(llama_model *model, llama_context_params params) except +
+        llama_context *context()
+        failure decode(const token_batch &batch) except +
+        const float *sequence_row(int32_t seq_id) except +
+        const float *token_row(int32_t index) except +
+        void clear_memory() except +
+
+
+cdef extern from "native/scheduler.hpp" namespace "llamacrab" nogil:
     cppclass worker_stats:
         int64_t n_packs
         int64_t n_texts
@@ -196,9 +220,7 @@ cdef extern from "native/scheduler.hpp" namespace "llamacrab" nogil:
 
     cppclass scheduler:
         scheduler(limits bounds) except +
-        void add_worker(llama_model *model, llama_context *context,
-                        llama_context_params params, int32_t pack_tokens,
-                        int32_t pack_texts) except +
+        void add_worker(decoder &computes, int32_t pack_tokens, int32_t pack_texts) except +
         cbool has_room(job &j, int64_t n_tokens, cbool wait) except +
         void give_up_place(job &j) except +
         cbool admit(job &j, unique_ptr[chunk] texts) except +

@@ -113,7 +113,7 @@ cdef class Scheduler:
                 # Alone, a model may be told to take larger packs later on.
                 most = min(context.n_batch, context.n_ubatch)
                 handle.ptr.add_worker(
-                    context._handle.model.ptr, context._handle.ptr, context._params,
+                    context._handle.ptr[0],
                     min(most, pack_tokens) if replicas else most, self._pack_texts(context))
         except RuntimeError as error:  # the system gives no more threads
             raise AllocationError(f"cannot start {n_workers} threads: {error}") from None

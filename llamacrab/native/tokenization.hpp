@@ -8,10 +8,9 @@
 
 #include "llama.h"
 #include "thread_pool.hpp"
+#include "tokens.hpp"
 
 namespace llamacrab {
-
-using token_vector = std::vector<llama_token>;
 
 // llama.cpp's decomposition, on which BERT's uncased vocabularies rest, keeps only the first letter
 // of a Hangul syllable. Syllables that come decomposed pass whole. The arithmetic is Unicode's
