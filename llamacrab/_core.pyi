@@ -260,7 +260,7 @@ class Scheduler:
         queue_tokens: int = 0,
         deterministic: bool = False,
         on_pack: Callable[[dict[str, Any]], Any] | None = None,
-        **how: Any,
+        **context_params: Any,
     ) -> None: ...
     pack_tokens: int
     @property

@@ -1,4 +1,4 @@
-# One multi-sequence batch: what goes into one llama_decode.
+# A batch: the tokens of one call of llama_decode.
 
 
 cdef class Batch(_OfProcess):
@@ -7,7 +7,7 @@ cdef class Batch(_OfProcess):
     Parameters
     ----------
     n_tokens : int
-        How many tokens the batch can hold.
+        Number of tokens that the batch can hold.
 
     Examples
     --------
@@ -23,7 +23,7 @@ cdef class Batch(_OfProcess):
     cdef dict _next_pos
 
     def __cinit__(self, int n_tokens):
-        # llama.cpp allocates token by token, and does not look whether it got the memory.
+        # llama.cpp allocates memory per token, and does not check whether it gets it.
         if not 1 <= n_tokens <= 2**24:
             raise ContextError(f"a batch has room for 1 to 2**24 tokens, not {n_tokens}")
         self._batch = new native.token_batch(n_tokens)
@@ -44,15 +44,15 @@ cdef class Batch(_OfProcess):
         tokens : sequence of int
             Its token ids, at least one.
         pos : int, optional
-            Position of the first token; by default the sequence goes on where it stands in this
-            batch, or starts at 0.
+            Position of the first token. By default, the tokens continue the sequence in this batch,
+            or start at 0.
 
         Raises
         ------
         InputError
             No tokens, a `seq_id` out of range, or a negative `pos`.
         ContextError
-            The batch has no room for them.
+            The batch has no room for the tokens.
         """
         cdef const int32_t[::1] ids = as_token_ids(tokens)
         cdef int n = <int>ids.shape[0]
@@ -73,7 +73,7 @@ cdef class Batch(_OfProcess):
         self._next_pos[seq_id] = first + n
 
     def clear(self):
-        """Forget all tokens; the room stays."""
+        """Remove all tokens. The capacity does not change."""
         self._batch.clear()
         self._next_pos = {}
 
@@ -84,7 +84,7 @@ cdef class Batch(_OfProcess):
 
     @property
     def seq_ids(self):
-        """The sequences added, in the order of their first token."""
+        """Ids of the sequences added, in the order of their first token."""
         return tuple(self._next_pos)
 
     def __len__(self):

@@ -9,40 +9,40 @@ _DEVICE_TYPES = {
 
 
 cdef c.ggml_backend_dev_t find_device(str name) except NULL:
-    """Return the device that llama.cpp calls so, whatever the case."""
+    """Return the device with this name, in any case."""
     cdef c.ggml_backend_dev_t device
     names = []
     for i in range(c.ggml_backend_dev_count()):
         device = c.ggml_backend_dev_get(i)
         if c.ggml_backend_dev_get_type(device) == c.GGML_BACKEND_DEVICE_TYPE_ACCEL:
-            continue  # helps the CPU; no place for a model
-        its_name = c.ggml_backend_dev_name(device).decode()
-        if its_name.lower() == name.lower():
+            continue  # it helps the CPU, and cannot hold a model
+        device_name = c.ggml_backend_dev_name(device).decode()
+        if device_name.lower() == name.lower():
             return device
-        names.append(its_name)
+        names.append(device_name)
     raise DeviceError(
         f"there is no device {name!r}; this build and machine have {', '.join(names)}"
     )
 
 
 def devices():
-    """Return the devices that llama.cpp can use: a list of dicts.
+    """Return the devices that llama.cpp can use, as a list of dicts.
 
     Keys: name, description, type ("CPU", "GPU", "IGPU" or "ACCEL"), memory_free and memory_total
     (bytes).
     """
     cdef c.ggml_backend_dev_t device
     cdef size_t free, total
-    found = []
+    all_devices = []
     for i in range(c.ggml_backend_dev_count()):
         device = c.ggml_backend_dev_get(i)
         free = total = 0
         c.ggml_backend_dev_memory(device, &free, &total)
-        found.append({
+        all_devices.append({
             "name": c.ggml_backend_dev_name(device).decode(),
             "description": c.ggml_backend_dev_description(device).decode("utf-8", "replace"),
             "type": _DEVICE_TYPES.get(<int>c.ggml_backend_dev_get_type(device), "?"),
             "memory_free": free,
             "memory_total": total,
         })
-    return found
+    return all_devices

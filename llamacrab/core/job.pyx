@@ -1,11 +1,11 @@
 # A call's texts in the scheduler: the job, its future, and the thread that resolves futures.
 
-# Texts that one admission takes at most: they are encoded together without the GIL, sorted by
-# length among themselves, and their tokens are freed together.
-cdef int TEXTS_A_CHUNK = 512
+# Texts per chunk: they are split into tokens together without the GIL, sorted by length, and freed
+# together.
+cdef int MAX_CHUNK_TEXTS = 512
 
-# Tokens that texts must begin with together to be worth a decode of their own.
-cdef size_t SHARED_MIN = 16
+# A shared prefix of fewer tokens is not worth its own decode.
+cdef size_t MIN_SHARED_TOKENS = 16
 
 cdef dict _NORM_KINDS = {
     "none": <int>native.norm_kind.none,
@@ -17,21 +17,21 @@ cdef dict _NORM_KINDS = {
 
 @cython.no_gc_clear  # workers may write into its rows until it is freed
 cdef class Job:
-    """One call's texts on their way through the scheduler.
+    """The texts of one call while the scheduler works on them.
 
-    `add` texts, then `seal` and `wait`. A caller that stops early must `cancel`: the rows belong
-    to the workers until then.
+    `add` texts, then `seal` and `wait`. A caller that stops early must `cancel`: until then,
+    workers may write into the rows.
 
     Attributes
     ----------
     rows : ndarray of float32, or list of them
-        Shape (n_texts, n_out), filled as texts are done; with pooling NONE a list of arrays of
-        shape (n_tokens, n_out).
+        Shape (n_texts, n_out). Each row is filled when its text is done. With pooling NONE, a list
+        of arrays of shape (n_tokens, n_out).
     done : ndarray of bool, shape (n_texts,)
         Which texts have their row.
     """
 
-    cdef Scheduler _scheduler  # a scheduler that nobody else holds lives until its jobs end
+    cdef Scheduler _scheduler  # so that the scheduler is not closed before its jobs end
     cdef _SchedulerHandle _handle
     cdef native.job *_job
     cdef Tokenization _tokenization
@@ -59,10 +59,10 @@ cdef class Job:
         self._job.norm = <native.norm_kind>norm_value
         self._job.p = p
         self._job.width = self._n_out
-        # A score may be zero; no text that a model understood has a vector of zeros.
+        # A score may be zero. A row of zeros of an embedder is always an error.
         self._job.may_be_zero = scheduler._context.pooling_type == PoolingType.RANK
         self._job.dedup = dedup and not scheduler.deterministic
-        if share and tokenization._common.size() >= SHARED_MIN and scheduler.shares_prefix:
+        if share and tokenization._common.size() >= MIN_SHARED_TOKENS and scheduler.shares_prefix:
             self._job.shared = tokenization._common
         cdef uint8_t[::1] done = self.done.view(np.uint8)
         if n_texts:
@@ -72,37 +72,66 @@ cdef class Job:
         if self._job == NULL or self._handle is None or self._handle.is_foreign():
             return
         with nogil:
-            # Usually over long since; else no worker may write into rows that are being freed.
+            # Usually the job is over. If not, no worker may write into rows that are being freed.
             self._handle.ptr.cancel(self._job[0])
             self._handle.ptr.await_quiet(self._job[0])
             del self._job
 
     def add(self, list texts not None, *, bint block=True, deadline=None):
-        """Encode texts and queue them, waiting for room in the queue where need be.
+        """Split texts into tokens and queue them. Wait for room in the queue if there is none.
 
         Parameters
         ----------
         texts : list of str or of sequences of int
             The next texts of the job.
         block : bool
-            Wait for room; else raise `QueueFull`.
+            Wait for room; otherwise raise `QueueFull`.
         deadline : float, optional
             ``time.monotonic()`` at which to give up with `LlamaTimeoutError`.
         """
         cdef Py_ssize_t start = 0
         while start < len(texts):
-            start += self._add_some(texts[start:start + TEXTS_A_CHUNK], block, deadline)
+            start += self._add_chunk(texts[start:start + MAX_CHUNK_TEXTS], block, deadline)
 
-    cdef Py_ssize_t _add_some(self, list texts, bint block, deadline) except -1:
-        """Encode and queue the first of `texts`, at least one; return how many."""
+    cdef Py_ssize_t _add_chunk(self, list texts, bint block, deadline) except -1:
+        """Queue the first of `texts`, at least one; return how many."""
+        if self._n_added + len(texts) > self._n_texts:
+            raise ValueError(f"the job is for {self._n_texts} texts")
+        cdef native.tokenized ids
+        self._tokenize(texts, ids)
+        cdef Py_ssize_t i, n_texts = ids.ends.size()
+        if ids.status != native.tokenize_status.ok:
+            raise self._tokenization.error(ids.status, ids.n_tokens, self._n_added + n_texts)
+
+        cdef native.chunk *chunk = new native.chunk()
+        cdef unique_ptr[native.chunk] owned
+        owned.reset(chunk)
+        chunk.tokens.swap(ids.tokens)
+        chunk.items.resize(n_texts)
+        for i in range(n_texts):
+            chunk.items[i].owner = self._job
+            chunk.items[i].index = self._n_added + i
+            chunk.items[i].first = ids.ends[i - 1] if i else 0
+            chunk.items[i].n_tokens = <int32_t>(ids.ends[i] - chunk.items[i].first)
+        self._place_rows(chunk)
+        cdef int64_t n_tokens = chunk.tokens.size()
+        self._await_room(n_tokens, block, deadline)
+        cdef cbool admitted
+        with nogil:
+            admitted = self._handle.ptr.admit(self._job[0], move(owned))
+        if not admitted:
+            self._raise_failure()
+        self._n_added += n_texts
+        return n_texts
+
+    cdef int _tokenize(self, list texts, native.tokenized &result) except -1:
+        """Split the first of `texts`, at least one, up to a quarter of what the queue can hold."""
         cdef vector[native.source] sources
         cdef native.source one
         cdef Py_ssize_t i, size
         cdef const char *data
         cdef const int32_t[::1] ids
-        cdef list kept = []
-        if self._n_added + len(texts) > self._n_texts:
-            raise ValueError(f"the job is for {self._n_texts} texts")
+        cdef list references = []  # to the objects whose memory `sources` point into
         for i, text in enumerate(texts):
             one.is_ids = not isinstance(text, str)
             if one.is_ids:
@@ -115,48 +144,24 @@ cdef class Job:
                 if PyUnicode_IS_ASCII(text):
                     data = PyUnicode_AsUTF8AndSize(text, &size)
                 else:
-                    # Not the UTF-8 that the str would keep beside itself as long as it lives.
+                    # A copy, as the str would store its UTF-8 for as long as it lives.
                     text = _utf8(text)
                     data = text
                     size = len(text)
-            kept.append(text)
+            references.append(text)
             one.bytes = native.string_view(data, size)
             sources.push_back(one)
 
-        cdef native.tokenized found
         cdef size_t budget = max(self._handle.ptr.get_limits().queue_tokens // 4, 1)
         started = time.perf_counter()
         with nogil:
-            found = native.tokenize_texts(
+            result = native.tokenize_texts(
                 self._tokenization._native, sources, budget, self._handle.pool[0])
         self._handle.ptr.add_tokenize_seconds(time.perf_counter() - started)
-        cdef Py_ssize_t n_texts = found.ends.size()
-        if found.status != native.tokenize_status.ok:
-            raise self._tokenization.error(found.status, found.n_tokens, self._n_added + n_texts)
-
-        cdef unique_ptr[native.chunk] texts_in
-        cdef native.chunk *chunk = new native.chunk()
-        texts_in.reset(chunk)
-        chunk.tokens.swap(found.tokens)
-        chunk.items.resize(n_texts)
-        for i in range(n_texts):
-            chunk.items[i].owner = self._job
-            chunk.items[i].index = self._n_added + i
-            chunk.items[i].first = found.ends[i - 1] if i else 0
-            chunk.items[i].n_tokens = <int32_t>(found.ends[i] - chunk.items[i].first)
-        self._place_rows(chunk)
-        cdef int64_t n_tokens = chunk.tokens.size()
-        self._await_room(n_tokens, block, deadline)
-        cdef cbool admitted
-        with nogil:
-            admitted = self._handle.ptr.admit(self._job[0], move(texts_in))
-        if not admitted:
-            self._raise_failure()
-        self._n_added += n_texts
-        return n_texts
+        return 0
 
     cdef int _await_room(self, int64_t n_tokens, bint block, deadline) except -1:
-        """Wait for room for `n_tokens` tokens; calls get their room in the order they come."""
+        """Wait for room for `n_tokens` tokens. Calls get room in the order in which they come."""
         if self._handle.ptr.has_room(self._job[0], n_tokens, block):
             return 0
         if not block:
@@ -169,12 +174,12 @@ cdef class Job:
             while not self._handle.ptr.has_room(self._job[0], n_tokens, True):
                 self._sleep(deadline)
         except BaseException:
-            self._handle.ptr.give_up_place(self._job[0])  # others may fit now
+            self._handle.ptr.give_up_place(self._job[0])  # another call may fit now
             raise
         return 0
 
     cdef int _place_rows(self, native.chunk *chunk) except -1:
-        """Give every text the place of its row."""
+        """Set where the row of each text goes."""
         cdef float[:, ::1] rows
         cdef size_t k
         if self._pooled:
@@ -191,7 +196,7 @@ cdef class Job:
         return 0
 
     cdef int _sleep(self, deadline) except -1:
-        """Sleep until something of this job has changed, a signal came, or time is up."""
+        """Sleep until the state of this job changes, or a signal arrives, or time is up."""
         cdef int64_t microseconds = -1
         if deadline is not None:
             left = deadline - time.monotonic()
@@ -204,7 +209,7 @@ cdef class Job:
         return 0
 
     def seal(self):
-        """Say that no more texts will come."""
+        """Declare that no more texts will come."""
         with nogil:
             self._handle.ptr.seal(self._job[0], NULL)
 
@@ -216,7 +221,7 @@ cdef class Job:
         deadline : float, optional
             ``time.monotonic()`` at which to give up with `LlamaTimeoutError`.
         progress : callable, optional
-            Called with the number of texts done, now and then.
+            Called with the number of texts done, after packs.
         """
         self._job.watched = progress is not None
         while not self._handle.ptr.finished(self._job[0]):
@@ -227,12 +232,12 @@ cdef class Job:
         return self.rows
 
     def cancel(self, *, bint wait=True):
-        """Stop: what waits is dropped, and a pack that nobody else needs is aborted.
+        """Drop the texts that wait, and abort a pack if it has no texts of other jobs.
 
         Parameters
         ----------
         wait : bool
-            Return only when no worker writes into `rows` any more.
+            Return only when no worker can write into `rows` any more.
         """
         if self._handle.is_foreign():
             return
@@ -243,26 +248,26 @@ cdef class Job:
 
     @property
     def n_added(self):
-        """Texts queued so far; where `add` raised `QueueFull`, those after them are not."""
+        """Number of texts queued so far, also after `add` has raised `QueueFull`."""
         return self._n_added
 
     @property
     def n_done(self):
-        """Texts that have their row."""
+        """Number of texts that have their row."""
         return self._handle.ptr.n_done(self._job[0])
 
     cdef int _raise_failure(self) except -1:
-        cdef native.failure what = self._handle.ptr.failure_of(self._job[0])
-        if what.kind == native.failure_kind.none:
+        cdef native.failure failure = self._handle.ptr.failure_of(self._job[0])
+        if failure.kind == native.failure_kind.none:
             return 0
-        error = _error_of(what, f"compute text {what.index}", f" (text {what.index})")
+        error = _error_of(failure, f"compute text {failure.index}", f" (text {failure.index})")
         if not isinstance(error, (ClosedError, CancelledError)):
-            error.index = what.index
+            error.index = failure.index
         raise error
 
 
 class _JobFuture(concurrent.futures.Future):
-    """A future whose `cancel` reaches the scheduler, also while the job runs."""
+    """A future whose `cancel` also cancels the job, even if it is running."""
 
     def __init__(self, job, finish, remap_error):
         super().__init__()
@@ -278,7 +283,10 @@ class _JobFuture(concurrent.futures.Future):
         return cancelled
 
     def _remapped(self, error, job):
-        """Return an error that speaks of the caller's texts; whatever happens, an error."""
+        """Return the error to raise: `error` in terms of the caller's texts.
+
+        If that fails, return the exception that came instead. The future must get an exception.
+        """
         if not isinstance(error, LlamaError):
             return error
         error.rows, error.done = job.rows, job.done
@@ -290,7 +298,7 @@ class _JobFuture(concurrent.futures.Future):
         return error
 
     def _end(self, job):
-        """Take over what the job came to, on the notifier's thread."""
+        """Set the result or the exception. Called by the notifier's thread."""
         self._llamacrab_job = None
         if not self.set_running_or_notify_cancel():
             return
@@ -305,14 +313,14 @@ class _JobFuture(concurrent.futures.Future):
 
 
 def _notify(_SchedulerHandle handle):
-    """Resolve futures as their jobs end; the workers themselves never touch Python."""
-    cdef void *ended
+    """Resolve futures as their jobs end. Workers cannot: they never take the GIL."""
+    cdef void *job
     while True:
         with nogil:
-            ended = handle.ptr.next_finished()
-        if ended == NULL:
+            job = handle.ptr.next_finished()
+        if job == NULL:
             return
-        _resolve(<Job>ended)
+        _resolve(<Job>job)
 
 
 cdef int _resolve(Job job) except -1:

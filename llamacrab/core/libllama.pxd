@@ -1,8 +1,7 @@
-# The only declarations of llama.h, ggml-backend.h and gguf.h. Names are theirs, unchanged.
-# What may throw through the C interface (std::bad_alloc first of all) says `except +`.
+# All declarations of llama.h, ggml.h, ggml-backend.h and gguf.h, with the names of these headers.
+# Functions that may throw through the C interface, such as std::bad_alloc, have `except +`.
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 from libcpp cimport bool as cbool
-from libcpp.string cimport string
 
 
 cdef extern from "llamacrab_llama_build.h" nogil:
@@ -11,14 +10,6 @@ cdef extern from "llamacrab_llama_build.h" nogil:
     const char *LLAMACRAB_LLAMA_COMMIT
     const char *LLAMACRAB_LLAMA_OPTIONS
     int LLAMACRAB_LLAMA_PLUGINS
-
-
-cdef extern from "native/log.hpp" namespace "llamacrab" nogil:
-    ctypedef void (*log_sink)(int level, const char *line) noexcept
-    void log_install(log_sink sink)
-    void log_set_threshold(int level)
-    string log_take_errors() except +
-    void log_context_warnings(bint passes)
 
 
 cdef extern from "ggml-backend.h" nogil:

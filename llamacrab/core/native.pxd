@@ -1,4 +1,4 @@
-# The only declarations of our own C++ core, native/*.hpp.
+# All declarations of llamacrab's own C++ code. Only here.
 from libc.stdint cimport int32_t, int64_t, uint8_t
 from libcpp cimport bool as cbool
 from libcpp.map cimport map as cppmap
@@ -22,6 +22,14 @@ cdef extern from "<string_view>" namespace "std" nogil:
         string_view(const char *data, size_t size)
         const char *data()
         size_t size()
+
+
+cdef extern from "native/log.hpp" namespace "llamacrab" nogil:
+    ctypedef void (*log_sink)(int level, const char *line) noexcept
+    void log_install(log_sink sink)
+    void log_set_threshold(int level)
+    string log_take_errors() except +
+    void log_context_warnings(bint passes)
 
 
 cdef extern from "native/thread_pool.hpp" namespace "llamacrab" nogil:

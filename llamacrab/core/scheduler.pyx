@@ -1,6 +1,6 @@
-# The scheduler's Python face. The work is done by native/scheduler.cpp.
+# The scheduler: workers, their contexts, and statistics. native/scheduler.cpp does the work.
 
-# Threads that split one call's texts into tokens.
+# Most threads that split one call's texts into tokens.
 cdef int MAX_TOKENIZERS = 16
 
 _open_schedulers = weakref.WeakSet()
@@ -8,14 +8,14 @@ _open_schedulers = weakref.WeakSet()
 
 @atexit.register
 def _close_all():
-    """Stop every worker before the interpreter, and llama.cpp with it, is taken down."""
+    """Stop all workers before the interpreter and llama.cpp are taken down."""
     for scheduler in list(_open_schedulers):
         scheduler.close()
 
 
 @cython.no_gc_clear  # its contexts must outlive the workers
 cdef class _SchedulerHandle(_OfProcess):
-    """Owns the native scheduler, and keeps what its workers use."""
+    """Owns the native scheduler, and holds what its workers use."""
 
     cdef native.scheduler *ptr
     cdef native.thread_pool *pool
@@ -30,97 +30,111 @@ cdef class _SchedulerHandle(_OfProcess):
 
 
 class _Replica:
-    """A model on a device: how many contexts it has there, what they are made with, its packs."""
+    """A model on a device, and its share of the layout.
 
-    def __init__(self, Model model not None, *, int n_contexts, int pack_tokens, **how):
-        if not 1 <= n_contexts <= c.GGML_MAX_N_THREADS:  # each is a thread
+    Attributes
+    ----------
+    model : Model
+        The weights.
+    n_contexts, pack_tokens : int
+        Number of contexts, and tokens per pack.
+    context_params : dict
+        Keywords of each `Context`.
+    """
+
+    def __init__(self, Model model not None, *, int n_contexts, int pack_tokens, **context_params):
+        if not 1 <= n_contexts <= c.GGML_MAX_N_THREADS:  # each has a thread
             raise ContextError(
                 f"n_contexts must be from 1 to {c.GGML_MAX_N_THREADS}, not {n_contexts}"
             )
-        cdef int n_seq_max = how.pop("n_seq_max", 1)
+        cdef int n_seq_max = context_params.pop("n_seq_max", 1)
         if model.is_causal and n_seq_max < c.llama_max_parallel_sequences():
-            n_seq_max += 1  # the last one keeps what texts share
-        if how.get("n_batch"):
-            how["n_batch"] = max(how["n_batch"], n_seq_max)
+            n_seq_max += 1  # the last one is for the shared prefix
+        if context_params.get("n_batch"):
+            context_params["n_batch"] = max(context_params["n_batch"], n_seq_max)
         self.model, self.n_contexts, self.pack_tokens = model, n_contexts, pack_tokens
-        self.how = {**how, "n_seq_max": n_seq_max}
+        self.context_params = {**context_params, "n_seq_max": n_seq_max}
+
+    @property
+    def n_threads(self):
+        """Threads of all contexts together."""
+        return self.n_contexts * max(1, self.context_params.get("n_threads", 1))
+
+
+cdef tuple _make_contexts(list replicas):
+    """Return the contexts of all replicas, and the tokens per pack of each."""
+    contexts, pack_tokens = [], []
+    # llama.cpp gives these warnings for every context; _diagnostics.py gives them once.
+    native.log_context_warnings(False)
+    try:
+        # In turn, so that the first idle workers are on different devices.
+        for turn in range(max(replica.n_contexts for replica in replicas)):
+            for replica in replicas:
+                if turn < replica.n_contexts:
+                    contexts.append(Context(replica.model, **replica.context_params))
+                    pack_tokens.append(replica.pack_tokens)
+    finally:
+        native.log_context_warnings(True)
+    if min(pack_tokens) < 1:
+        raise ContextError(f"pack_tokens must be at least 1, not {min(pack_tokens)}")
+    return contexts, pack_tokens
 
 
 cdef class Scheduler:
-    """All texts of all callers of one model: a queue, and a worker thread for every context.
+    """A queue for the texts of all callers of one model, and a worker thread for each context.
 
     Parameters
     ----------
     model : Model
         The weights.
     replicas : sequence of (Model, dict)
-        The same on other devices. The dict holds what is different there: `n_contexts`,
-        `pack_tokens`, and any of `how`.
+        Copies of the model on other devices. The dict has what is different there: `n_contexts`,
+        `pack_tokens`, and any of `context_params`.
     n_contexts : int
-        Contexts, each with a worker.
+        Number of contexts. Each has a worker.
     pack_tokens : int
-        Tokens that a pack aims at.
+        Tokens per pack.
     queue_tokens : int
-        Tokens that may wait before a producer must.
+        Tokens that may wait before a producer must; 0: 32 packs per context.
     deterministic : bool
-        One text a pack.
+        Compute one text per pack.
     on_pack : callable, optional
-        Called with a dict for every pack; see `Llama`.
-    **how
-        What each `Context` is made with.
+        Called with a dict after every pack; see `Llama`.
+    **context_params
+        Keywords of each `Context`.
     """
 
     cdef _SchedulerHandle _handle
     cdef object _lock, _notifier, _watcher, __weakref__
     cdef Context _context
     cdef int64_t _queue_tokens
-    cdef int _most  # tokens that a pack may have
+    cdef int _max_pack_tokens  # of the context that takes the largest packs
     cdef readonly bint deterministic
 
     def __init__(self, Model model not None, *, replicas=(), int n_contexts, int pack_tokens,
-                 int64_t queue_tokens=0, bint deterministic=False, on_pack=None, **how):
+                 int64_t queue_tokens=0, bint deterministic=False, on_pack=None, **context_params):
         cdef _SchedulerHandle handle = _SchedulerHandle()
-        cdef Context context
-        cdef int most
-        base = {"n_contexts": n_contexts, "pack_tokens": pack_tokens, **how}
-        places = [_Replica(model, **base), *(_Replica(one, **base | own) for one, own in replicas)]
+        base = {"n_contexts": n_contexts, "pack_tokens": pack_tokens, **context_params}
+        all_replicas = [_Replica(model, **base)]
+        all_replicas += [_Replica(copy, **base | own) for copy, own in replicas]
         if queue_tokens < 0:
             raise ContextError(f"queue_tokens must not be negative, as {queue_tokens} is")
-        self._lock = threading.RLock()  # a signal's handler may close what future() has locked
+        # A signal handler may call close() while future() holds the lock, in the same thread.
+        self._lock = threading.RLock()
         self.deterministic = deterministic
         self._queue_tokens = queue_tokens
-        handle.contexts = []
-        wanted = []
-        c.log_context_warnings(False)  # _diagnostics.py says once what llama.cpp says per context
-        try:
-            # In turn, so that the first free workers are those of different devices.
-            for turn in range(max(place.n_contexts for place in places)):
-                for place in places:
-                    if turn < place.n_contexts:
-                        handle.contexts.append(Context(place.model, **place.how))
-                        wanted.append(place.pack_tokens)
-        finally:
-            c.log_context_warnings(True)
-        if min(wanted) < 1:
-            raise ContextError(f"pack_tokens must be at least 1, not {min(wanted)}")
-        # The one that takes the shortest texts says which are too long.
-        self._context = min(handle.contexts, key=lambda one: one.n_tokens_max)
-        self._most = max(min(one.n_batch, one.n_ubatch) for one in handle.contexts)
-        n_workers = len(handle.contexts)
-        handle.ptr = new native.scheduler(self._limits(max(wanted), n_workers))
-        try:
-            for context, pack_tokens in zip(handle.contexts, wanted):
-                # Alone, a model may be told to take larger packs later on.
-                most = min(context.n_batch, context.n_ubatch)
-                handle.ptr.add_worker(
-                    context._handle.ptr[0],
-                    min(most, pack_tokens) if replicas else most, self._pack_texts(context))
-        except RuntimeError as error:  # the system gives no more threads
-            raise AllocationError(f"cannot start {n_workers} threads: {error}") from None
-        # The caller's thread splits texts into tokens, helped by as many as leave no CPU idle.
-        n_threads = sum(
-            place.n_contexts * max(1, place.how.get("n_threads", 1)) for place in places
+        handle.contexts, wanted_tokens = _make_contexts(all_replicas)
+        # A text must fit into every context, so the smallest one decides which are too long.
+        self._context = min(handle.contexts, key=lambda context: context.n_tokens_max)
+        self._max_pack_tokens = max(
+            min(context.n_batch, context.n_ubatch) for context in handle.contexts
         )
+        handle.ptr = new native.scheduler(
+            self._limits(max(wanted_tokens), len(handle.contexts)))
+        # Without replicas, `pack_tokens` may be set to a larger value later.
+        self._start_workers(handle, wanted_tokens if replicas else None)
+        # The caller's thread splits texts into tokens, with helpers on the other CPUs.
+        n_threads = sum(replica.n_threads for replica in all_replicas)
         handle.pool = new native.thread_pool(max(0, min(n_threads, MAX_TOKENIZERS) - 1))
         self._handle = handle
         _open_schedulers.add(self)
@@ -129,16 +143,32 @@ cdef class Scheduler:
                 target=_watch, args=(handle, on_pack), name="llamacrab-watcher", daemon=True)
             self._watcher.start()
 
+    cdef int _start_workers(self, _SchedulerHandle handle, wanted_tokens) except -1:
+        """Start a worker for each context, for packs of at most `wanted_tokens` if given."""
+        cdef Context context
+        cdef int pack_tokens
+        try:
+            for i, context in enumerate(handle.contexts):
+                pack_tokens = min(context.n_batch, context.n_ubatch)
+                if wanted_tokens is not None:
+                    pack_tokens = min(pack_tokens, wanted_tokens[i])
+                handle.ptr.add_worker(
+                    context._handle.ptr[0], pack_tokens, self._pack_texts(context))
+        except RuntimeError as error:  # the system has no more threads
+            raise AllocationError(
+                f"cannot start {len(handle.contexts)} threads: {error}") from None
+        return 0
+
     cdef native.limits _limits(self, int pack_tokens, int n_contexts):
         cdef native.limits bounds
-        bounds.pack_tokens = max(1, min(pack_tokens, self._most))
-        # On a CPU a pack costs about as much as 120 tokens before its first token is computed.
+        bounds.pack_tokens = max(1, min(pack_tokens, self._max_pack_tokens))
+        # On a CPU the fixed cost of a pack is about that of 120 tokens.
         bounds.pack_min = min(128, bounds.pack_tokens)
         bounds.queue_tokens = self._queue_tokens or 32 * n_contexts * bounds.pack_tokens
         return bounds
 
     cdef int _pack_texts(self, Context context):
-        """Return how many texts a context takes; a cache's last sequence is not for them."""
+        """Return the texts per pack; a memory's last sequence is for the shared prefix."""
         if self.deterministic:
             return 1
         return context.n_seq_max - (context.has_memory and context.n_seq_max > 1)
@@ -156,7 +186,7 @@ cdef class Scheduler:
         self.close()
 
     def close(self):
-        """Stop: running packs are aborted, callers get ClosedError, and the contexts are freed."""
+        """Abort running packs, raise ClosedError in all callers, and free the contexts."""
         cdef _SchedulerHandle handle
         with cython.critical_section(self):
             handle = self._handle
@@ -165,7 +195,7 @@ cdef class Scheduler:
             return
         with nogil:
             handle.ptr.close()
-        with self._lock:  # future() may be starting it
+        with self._lock:  # future() may just start it
             notifier = self._notifier
         for thread in (notifier, self._watcher):
             if thread is not None and thread is not threading.current_thread():
@@ -179,7 +209,7 @@ cdef class Scheduler:
 
     @property
     def context(self):
-        """One of the contexts, for its sizes."""
+        """The context that takes the shortest texts, for its sizes."""
         return self._context
 
     @property
@@ -188,7 +218,7 @@ cdef class Scheduler:
 
     @property
     def pack_tokens(self):
-        """Tokens that a pack aims at; may be set at any time."""
+        """Tokens per pack. It may be set at any time."""
         return self.handle().ptr.get_limits().pack_tokens
 
     @pack_tokens.setter
@@ -198,9 +228,9 @@ cdef class Scheduler:
 
     @property
     def shares_prefix(self):
-        """Whether ids that texts of a job begin with are computed once for all of them.
+        """Whether a shared prefix of a job is computed once.
 
-        That is right where a text's row is that of its last token, and a token sees only those
+        That is possible if a text's row is that of its last token, and a token sees only the tokens
         before it.
         """
         return (
@@ -216,25 +246,25 @@ cdef class Scheduler:
         Parameters
         ----------
         tokenization : Tokenization
-            Makes texts into ids.
+            Splits texts into token ids.
         n_texts : int
-            How many texts will be added.
+            Number of texts that will be added.
         norm : {"none", "p", "max", "int16"}
             What rows are divided by: nothing, their p-norm, their largest absolute value, or that
             value scaled to 32760.
         p : float
             The p of the p-norm, at least 1.
         width : int
-            Numbers of a row that are wanted, from the first; 0: all.
+            Leading numbers of a row that are wanted; 0: all.
         dedup : bool
             Compute equal texts once.
         share : bool
-            Compute what the texts begin with once, if `shares_prefix`.
+            Compute a shared prefix once, if `shares_prefix`.
         """
         return Job(self, tokenization, n_texts, norm, p, width, dedup, share)
 
     def future(self, Job job not None, finish=None, remap_error=None):
-        """Return a `concurrent.futures.Future` of a job, to which all texts have been added.
+        """Return a `concurrent.futures.Future` of a job. All texts must have been added.
 
         Parameters
         ----------
@@ -250,11 +280,11 @@ cdef class Scheduler:
             if self._notifier is None:
                 notifier = threading.Thread(
                     target=_notify, args=(handle,), name="llamacrab-notifier", daemon=True)
-                notifier.start()  # one that does not start must not pass for one that has
-                self._notifier = notifier
+                notifier.start()
+                self._notifier = notifier  # only if it could be started
         future = _JobFuture(job, finish, remap_error)
         job._future = future
-        Py_INCREF(job)  # the notifier's, until the job has ended
+        Py_INCREF(job)  # the notifier's reference, which _resolve() releases
         cdef cbool will_be_reported
         with nogil:
             will_be_reported = handle.ptr.seal(job._job[0], <void *>job)
@@ -263,7 +293,7 @@ cdef class Scheduler:
         return future
 
     def stats(self):
-        """Return counts since the start, a dict; see `Llama.stats`."""
+        """Return counts since the start, as a dict; see `Llama.stats`."""
         cdef _SchedulerHandle handle = self.handle()
         cdef native.worker_stats one
         workers = []
@@ -284,7 +314,7 @@ cdef class Scheduler:
         }
 
     def recent_packs(self):
-        """Return the last packs, up to 4096, a structured array; see `Llama.recent_packs`."""
+        """Return the last packs, up to 4096, as a structured array; see `Llama.recent_packs`."""
         cdef _SchedulerHandle handle = self.handle()
         records = [tuple(_record(one).values()) for one in handle.ptr.recent_packs()]
         return np.array(records, dtype=[
@@ -295,8 +325,14 @@ cdef class Scheduler:
         ])
 
     def _inject(self, str kind, int64_t after=0, int64_t times=1):
-        """Make decodes fail, for tests: skip `after` of them, then fail `times`."""
-        kinds = {"none": 0, "decode_error": 1, "no_memory": 2, "throws": 3, "not_finite": 4}
+        """For tests: make `times` decodes fail, after `after` more."""
+        kinds = {
+            "none": <int>native.fault_kind.none,
+            "decode_error": <int>native.fault_kind.decode_error,
+            "no_memory": <int>native.fault_kind.no_memory,
+            "throws": <int>native.fault_kind.throws,
+            "not_finite": <int>native.fault_kind.not_finite,
+        }
         cdef int value = kinds[kind]
         self.handle().ptr.inject(<native.fault_kind>value, after, times)
 
@@ -315,17 +351,17 @@ cdef dict _record(native.pack_record one):
 
 
 def _watch(_SchedulerHandle handle, on_pack):
-    """Call `on_pack` for every pack that ends; workers do not wait for it."""
+    """Call `on_pack` after every pack, on a thread of its own: workers do not wait for it."""
     cdef int64_t n_seen = 0
-    cdef vector[native.pack_record] fresh
+    cdef vector[native.pack_record] new_packs
     cdef native.pack_record one
     while True:
         with nogil:
-            fresh = handle.ptr.next_packs(n_seen)
-        if fresh.empty():
+            new_packs = handle.ptr.next_packs(n_seen)
+        if new_packs.empty():
             return
-        for one in fresh:
+        for one in new_packs:
             try:
                 on_pack(_record(one))
             except Exception:
-                _logger.exception("on_pack raised; it is called for the next pack all the same")
+                _logger.exception("on_pack raised; it will be called for the next pack too")

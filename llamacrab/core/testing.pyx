@@ -1,8 +1,8 @@
-# What the tests need of the C++ code.
+# Functions for the tests.
 
 
 def _compare_with_ggml(str kind, dict fields):
-    """Compare the kernels with ggml's on a small graph, for tests.
+    """Compare llamacrab's kernels with ggml's on a small graph.
 
     `kind` and `fields` are those of a struct in kernels/testing/compare_with_ggml.cpp; a field is
     an int, a list of int or a str. ValueError if a field is unknown or missing.
@@ -22,12 +22,12 @@ def _compare_with_ggml(str kind, dict fields):
 
 
 def _complaint_about_backend():
-    """Return what is wrong with how the kernels present themselves to llama.cpp, for tests."""
+    """Return what is wrong with the interface of the kernels to llama.cpp."""
     return (<bytes>native.complaint_about_backend()).decode()
 
 
 def _check_thread_pool(list sizes):
-    """Return how many items of work a thread pool did wrong, for tests."""
+    """Return how many items of work a thread pool handled wrongly."""
     cdef vector[int] n_threads = sizes
     cdef int n_wrong
     with nogil:
