@@ -29,7 +29,7 @@ cdef extern from "native/log.hpp" namespace "llamacrab" nogil:
     void log_install(log_sink sink)
     void log_set_threshold(int level)
     string log_take_errors() except +
-    void log_context_warnings(bint passes)
+    void log_context_warnings(cbool wanted)
 
 
 cdef extern from "native/thread_pool.hpp" namespace "llamacrab" nogil:
@@ -91,7 +91,7 @@ cdef extern from "native/tokenization.hpp" namespace "llamacrab" nogil:
         start
         middle
 
-    int64_t first_kept(truncate_side side, int64_t room)
+    int64_t n_leading_kept(truncate_side side, int64_t room)
 
     cppclass tokenization:
         const llama_vocab *vocab

@@ -144,7 +144,7 @@ cdef class Tokenization:
         if n_before + n_after >= limit:
             n_before = n_after = 0
         cdef int64_t room = limit - n_before - n_after
-        cdef int64_t first = native.first_kept(self._native.truncate, room)
+        cdef int64_t first = native.n_leading_kept(self._native.truncate, room)
         return np.concatenate(
             [array[:n_before + first], array[len(array) - (room - first) - n_after:]]
         )
