@@ -282,14 +282,15 @@ TEST(texts_that_begin_alike_or_are_of_other_jobs_are_no_duplicates) {
 
 TEST(texts_with_equal_hashes_are_no_duplicates_unless_their_ids_are_equal) {
     text_queue queue(bounds(100));
-    call a(4, /*dedup=*/true);
-    auto made = a.make({{1, 2, 3}, {1, 2, 4}, {1, 2}, {1, 2, 4}});
+    call a(5, /*dedup=*/true);
+    // In the chunk's tokens, {1, 2} is followed by 3.
+    auto made = a.make({{1, 2, 3}, {1, 2, 4}, {1, 2, 4}, {1, 2}, {3}});
     text_queue::prepare(a.j, *made);
     for (item & text : made->items) {
         text.hash = 7;
     }
     queue.admit(a.j, std::move(made));
-    CHECK_EQUAL(queue.n_texts(), 3);
+    CHECK_EQUAL(queue.n_texts(), 4);
     queue.cancel(a.j);
 }
 
