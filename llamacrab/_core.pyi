@@ -260,7 +260,7 @@ class Scheduler:
         queue_tokens: int = 0,
         deterministic: bool = False,
         on_pack: Callable[[dict[str, Any]], Any] | None = None,
-        **how: Any,
+        **context_params: Any,
     ) -> None: ...
     pack_tokens: int
     @property
@@ -278,7 +278,8 @@ class Scheduler:
         tokenization: Tokenization,
         n_texts: int,
         *,
-        norm: float = 0.0,
+        norm: str = "none",
+        p: float = 2.0,
         width: int = 0,
         dedup: bool = True,
         share: bool = True,
@@ -302,7 +303,8 @@ class Job:
         scheduler: Scheduler,
         tokenization: Tokenization,
         n_texts: int,
-        norm: float,
+        norm: str,
+        p: float,
         width: int,
         dedup: bool,
         share: bool,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 
@@ -18,9 +18,16 @@ if TYPE_CHECKING:
     Truncate: TypeAlias = bool | Literal["end", "start", "middle"]
 
 
-# The p of a p-norm, or a number that stands for another scale. native/scheduler.hpp has the same.
-NORMS = {"none": 0.0, "l1": 1.0, "l2": 2.0, "max": float("inf")}
-NORM_INT16 = -16.0
+class Norm(NamedTuple):
+    """What embeddings are divided by."""
+
+    #: ``"none"``: nothing; ``"p"``: the p-norm; ``"max"``: the largest absolute value;
+    #: ``"int16"``: that value, scaled to 32760. `norm_kind` in native/job.hpp has the same names.
+    kind: str
+    p: float = 2.0
+
+
+NORMS = {"none": Norm("none"), "l1": Norm("p", 1), "l2": Norm("p", 2), "max": Norm("max")}
 
 
 class EmbedKeywords(TypedDict, total=False):
@@ -101,16 +108,17 @@ class EmbedOptions:
         return repr(self)
 
     @property
-    def norm(self) -> float:
-        """The norm to divide embeddings by, as a number of `NORMS` or `NORM_INT16`."""
+    def norm(self) -> Norm:
+        """The norm to divide embeddings by."""
         value = self.normalize
         if isinstance(value, (bool, np.bool_)):
-            return 2.0 if value else 0.0
+            return NORMS["l2" if value else "none"]
         if isinstance(value, str):
             if value in NORMS:
                 return NORMS[value]
         elif isinstance(value, (int, np.integer)) and value >= -1:
-            return {-1: 0.0, 0: NORM_INT16}.get(int(value), float(value))
+            numbers = {-1: Norm("none"), 0: Norm("int16")}
+            return numbers.get(int(value)) or Norm("p", float(value))
         raise InputError(
             "normalize must be a bool, one of "
             + ", ".join(NORMS)

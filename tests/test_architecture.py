@@ -106,6 +106,16 @@ def test_kernels_know_nothing_of_the_scheduler_and_the_arithmetic_nothing_of_ggm
         )
 
 
+def test_tokens_are_decoded_in_one_file():
+    users = {
+        path.stem
+        for pattern in ("*.[ch]pp", "*.p[yx][xd]")
+        for path in PACKAGE.rglob(pattern)
+        if re.search(r"\bllama_(decode|encode|get_embeddings\w*)\(", path.read_text("utf-8"))
+    }
+    assert users == {"decoder"}
+
+
 def test_a_foreign_function_is_declared_in_one_file():
     for path in (PACKAGE / "core").glob("*.p[yx][xd]"):
         text = path.read_text(encoding="utf-8")

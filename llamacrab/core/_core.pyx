@@ -1,8 +1,8 @@
-"""The extension: every call into llama.cpp is made here.
+"""The extension: all calls into llama.cpp.
 
-One module, made of a file a stage, so that llama.cpp can be linked into it statically and hidden:
-no other library in the process, another llama.cpp among them, can be mistaken for ours. Read the
-files in this order.
+It is one module made of several files, because llama.cpp is linked into it statically with hidden
+symbols. So no other library in the process, such as another llama.cpp, can be mistaken for ours.
+Read the files in the order in which they are included.
 """
 cimport cython
 from cpython.exc cimport PyErr_CheckSignals
@@ -70,12 +70,15 @@ include "model.pyx"
 include "batch.pyx"
 include "context.pyx"
 include "scheduler.pyx"
+include "job.pyx"
 include "devices.pyx"
+include "build_info.pyx"
+include "testing.pyx"
 
-c.log_install(_log_sink)
+native.log_install(_log_sink)
 native.asserts_install()
 native.install_kernels()
 if c.LLAMACRAB_LLAMA_PLUGINS:
-    # Beside this file and nowhere else: left alone, ggml would look into the current folder too.
+    # Only from the folder of this file: by default, ggml searches the current folder too.
     c.ggml_backend_load_all_from_path(os.fsencode(os.path.dirname(__file__)))
 c.llama_backend_init()

@@ -1,4 +1,4 @@
-# One multi-sequence batch: what goes into one llama_decode.
+# A batch: the tokens of one call of llama_decode.
 
 
 cdef class Batch(_OfProcess):
@@ -7,7 +7,7 @@ cdef class Batch(_OfProcess):
     Parameters
     ----------
     n_tokens : int
-        How many tokens the batch can hold.
+        Number of tokens that the batch can hold.
 
     Examples
     --------
@@ -18,21 +18,21 @@ cdef class Batch(_OfProcess):
     (6, (0, 1))
     """
 
-    cdef c.llama_batch _batch
+    cdef native.token_batch *_batch
     cdef readonly int capacity
     cdef dict _next_pos
 
     def __cinit__(self, int n_tokens):
-        # llama.cpp allocates token by token, and does not look whether it got the memory.
+        # llama.cpp allocates memory per token, and does not check whether it gets it.
         if not 1 <= n_tokens <= 2**24:
             raise ContextError(f"a batch has room for 1 to 2**24 tokens, not {n_tokens}")
-        self._batch = c.llama_batch_init(n_tokens, 0, 1)
+        self._batch = new native.token_batch(n_tokens)
         self.capacity = n_tokens
         self._next_pos = {}
 
     def __dealloc__(self):
-        if self._batch.token != NULL and not self.is_foreign():
-            c.llama_batch_free(self._batch)
+        if self._batch != NULL and not self.is_foreign():
+            del self._batch
 
     def add(self, int seq_id, tokens, *, pos=None):
         """Append the tokens of a sequence.
@@ -44,15 +44,15 @@ cdef class Batch(_OfProcess):
         tokens : sequence of int
             Its token ids, at least one.
         pos : int, optional
-            Position of the first token; by default the sequence goes on where it stands in this
-            batch, or starts at 0.
+            Position of the first token. By default, the tokens continue the sequence in this batch,
+            or start at 0.
 
         Raises
         ------
         InputError
             No tokens, a `seq_id` out of range, or a negative `pos`.
         ContextError
-            The batch has no room for them.
+            The batch has no room for the tokens.
         """
         cdef const int32_t[::1] ids = as_token_ids(tokens)
         cdef int n = <int>ids.shape[0]
@@ -64,39 +64,31 @@ cdef class Batch(_OfProcess):
         cdef int first = self._next_pos.get(seq_id, 0) if pos is None else pos
         if first < 0:
             raise InputError(f"sequence {seq_id} cannot start at position {first}")
-        if self._batch.n_tokens + n > self.capacity:
+        if self._batch.n_tokens() + n > self.capacity:
             raise ContextError(
-                f"{n} more tokens do not fit: the batch holds {self._batch.n_tokens} of "
+                f"{n} more tokens do not fit: the batch holds {self._batch.n_tokens()} of "
                 f"{self.capacity}"
             )
-        cdef int i, at = self._batch.n_tokens
-        for i in range(n):
-            self._batch.token[at + i] = ids[i]
-            self._batch.pos[at + i] = first + i
-            self._batch.n_seq_id[at + i] = 1
-            self._batch.seq_id[at + i][0] = seq_id
-            # Every token is an output: llama.cpp wants it so for embeddings.
-            self._batch.logits[at + i] = 1
-        self._batch.n_tokens += n
+        self._batch.add(&ids[0], n, first, seq_id)
         self._next_pos[seq_id] = first + n
 
     def clear(self):
-        """Forget all tokens; the room stays."""
-        self._batch.n_tokens = 0
+        """Remove all tokens. The capacity does not change."""
+        self._batch.clear()
         self._next_pos = {}
 
     @property
     def n_tokens(self):
         """Number of tokens added."""
-        return self._batch.n_tokens
+        return self._batch.n_tokens()
 
     @property
     def seq_ids(self):
-        """The sequences added, in the order of their first token."""
+        """Ids of the sequences added, in the order of their first token."""
         return tuple(self._next_pos)
 
     def __len__(self):
-        return self._batch.n_tokens
+        return self._batch.n_tokens()
 
     def __repr__(self):
         return f"<Batch {self.n_tokens} of {self.capacity} tokens, {len(self._next_pos)} sequences>"

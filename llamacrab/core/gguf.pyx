@@ -1,47 +1,49 @@
-# What the header of a GGUF says, read before llama.cpp reads it.
+# The header of a GGUF. It is read before llama.cpp reads the file.
 
-_CONVERT = "`llamacrab convert {} -o model.gguf` makes a GGUF of a model from Hugging Face"
+_CONVERT_ADVICE = "`llamacrab convert {} -o model.gguf` makes a GGUF of a model from Hugging Face"
 
 
-cdef str _if_on_a_hub(str path):
-    """Return what to do with a name such as "owner/model", empty for what looks like a path."""
+cdef str _advice_for_name(str path):
+    """Return advice if `path` looks like a name "owner/model", otherwise an empty string."""
     owner, _, name = path.partition("/")
     if not owner or not name or "/" in name or os.path.isdir(owner) or name.endswith(".gguf"):
         return ""
     return (
         ": nothing is downloaded by name. Download its GGUF, or its folder: "
-        + _CONVERT.format("FOLDER")
+        + _CONVERT_ADVICE.format("FOLDER")
     )
 
 
-cdef str _in_folder(str path):
-    """Return what to do with a folder that is given as a model."""
+cdef str _advice_for_folder(str path):
+    """Return what to do if `path` is a folder."""
     files = sorted(os.listdir(path))
     ggufs = [name for name in files if name.endswith(".gguf")]
     if ggufs:
         first = os.path.join(path, ggufs[0])
         return f"pass {first}" + (f", the first of its {len(ggufs)} files" if ggufs[1:] else "")
-    return _CONVERT.format(path) if "config.json" in files else "pass the path of a GGUF file"
+    if "config.json" in files:
+        return _CONVERT_ADVICE.format(path)
+    return "pass the path of a GGUF file"
 
 
 cdef tuple _read_header(str path):
-    """Return the tensors that shape how a model may be used, whether our kernels suit it, and the
-    types of its feed-forward matrices.
+    """Return three facts about a model that llama.h does not give.
 
-    llama.h does not tell whether a model has a rank head or a table of positions, and both decide
-    what must be refused before llama.cpp asserts or returns something else.
+    These are the tensors that decide how the model may be used (a rank head, a table of positions),
+    whether llamacrab's kernels suit it, and the types of its feed-forward matrices. What a model
+    cannot do must be refused before llama.cpp asserts or returns something else.
     """
     try:
         with open(path, "rb") as file:
             magic = file.read(4)
     except FileNotFoundError:
-        raise ModelNotFoundError(f"no model file at {path}{_if_on_a_hub(path)}") from None
+        raise ModelNotFoundError(f"no model file at {path}{_advice_for_name(path)}") from None
     except (OSError, ValueError) as error:
         if os.path.isdir(path):  # on Windows this is a PermissionError
-            raise ModelError(f"{path} is a folder: {_in_folder(path)}") from None
+            raise ModelError(f"{path} is a folder: {_advice_for_folder(path)}") from None
         raise ModelError(f"cannot read {path}: {error}") from None
     if magic != b"GGUF":
-        advice = f". {_CONVERT.format(os.path.dirname(path) or '.')}"
+        advice = f". {_CONVERT_ADVICE.format(os.path.dirname(path) or '.')}"
         raise ModelFormatError(
             f"{path} is not a GGUF: it starts with {magic!r}, not b'GGUF'"
             + advice * path.endswith((".safetensors", ".bin"))
@@ -51,38 +53,38 @@ cdef tuple _read_header(str path):
     cdef bytes name = os.fsencode(path)
     cdef const char *chars = name
     cdef c.gguf_context *header
-    c.log_take_errors()
+    native.log_take_errors()
     with nogil:
         header = c.gguf_init_from_file(chars, params)
     if header == NULL:
         raise ModelCorruptError(f"the header of {path} is damaged: {_native_errors()}")
     try:
-        if (fault := _fault_in(header)) is not None:
-            raise ModelCorruptError(f"the header of {path} is damaged: {fault}")
+        if (error := _error_in(header)) is not None:
+            raise ModelCorruptError(f"the header of {path} is damaged: {error}")
         names = {
             c.gguf_get_tensor_name(header, i).decode("utf-8", "replace")
             for i in range(c.gguf_get_n_tensors(header))
         }
-        suits = _suits_kernels(header)
+        kernels_suit = _kernels_suit(header)
         ffn_types = _ffn_types(header)
     finally:
         c.gguf_free(header)
     head_tensors = names & {"cls.weight", "cls.output.weight", "position_embd.weight"}
-    return frozenset(head_tensors), suits, ffn_types
+    return frozenset(head_tensors), kernels_suit, ffn_types
 
 
 cdef dict _ffn_types(const c.gguf_context *header):
-    """Return how many feed-forward matrices there are of each type."""
-    found = {}
+    """Return the number of feed-forward matrices of each type."""
+    counts = {}
     for i in range(c.gguf_get_n_tensors(header)):
         name = <bytes>c.gguf_get_tensor_name(header, i)
         if b".ffn_" in name and name.endswith(b".weight") and b"norm" not in name:
             kind = c.ggml_type_name(c.gguf_get_tensor_type(header, i)).decode().upper()
-            found[kind] = found.get(kind, 0) + 1
-    return found
+            counts[kind] = counts.get(kind, 0) + 1
+    return counts
 
 
-# Encoders, whose whole graph the kernels take, or all but a few small nodes of it.
+# Encoders whose graph the kernels compute completely, or except for a few small nodes.
 _KERNEL_ARCHS = frozenset({
     b"bert", b"nomic-bert", b"nomic-bert-moe", b"jina-bert-v2", b"jina-bert-v3", b"modern-bert",
     b"neo-bert", b"eurobert",
@@ -94,7 +96,7 @@ _KERNEL_ARCHS = frozenset({
 cdef int64_t _MAX_EXPANDED_BYTES = 1 << 30
 
 
-cdef bint _suits_kernels(const c.gguf_context *header):
+cdef bint _kernels_suit(const c.gguf_context *header):
     """Return whether our kernels are faster for a model, and have room for its weights."""
     cdef int64_t i, key = c.gguf_find_key(header, b"general.architecture")
     cdef int64_t quantized_bytes = 0
@@ -113,8 +115,8 @@ cdef bint _suits_kernels(const c.gguf_context *header):
     return quantized_bytes <= _MAX_EXPANDED_BYTES
 
 
-cdef object _fault_in(const c.gguf_context *header):
-    """Return what is wrong in a header that llama.cpp would assert on or crash with, or None."""
+cdef object _error_in(const c.gguf_context *header):
+    """Return what in a header would make llama.cpp assert or crash, or None."""
     cdef int64_t i, key = c.gguf_find_key(header, b"general.architecture")
     cdef bytes arch = b""
     if key >= 0 and c.gguf_get_kv_type(header, key) == c.GGUF_TYPE_STRING:
@@ -123,9 +125,9 @@ cdef object _fault_in(const c.gguf_context *header):
     if key >= 0 and c.gguf_get_kv_type(header, key) == c.GGUF_TYPE_UINT32:
         n_layers = c.gguf_get_val_u32(header, key)
         if not 1 <= n_layers <= 512:  # LLAMA_MAX_LAYERS
-            return f"it says that the model has {n_layers} layers"
-    if (fault := _contradiction_in(header, arch)) is not None:
-        return fault
+            return f"the model has {n_layers} layers"
+    if (error := _contradiction_in(header, arch)) is not None:
+        return error
     for name in (b"layer_norm_epsilon", b"layer_norm_rms_epsilon"):
         key = c.gguf_find_key(header, arch + b".attention." + name)
         if key >= 0 and c.gguf_get_kv_type(header, key) == c.GGUF_TYPE_FLOAT32:
@@ -136,22 +138,22 @@ cdef object _fault_in(const c.gguf_context *header):
     if (key >= 0 and c.gguf_get_kv_type(header, key) == c.GGUF_TYPE_ARRAY
             and c.gguf_get_arr_type(header, key) == c.GGUF_TYPE_STRING):
         seen = set()
-        for i in range(c.gguf_get_arr_n(header, key)):
+        for i in range(<int64_t>c.gguf_get_arr_n(header, key)):
             token = <bytes>c.gguf_get_arr_str(header, key, i)
             if token and token in seen:
-                return f"the vocabulary holds the token {token.decode('utf-8', 'replace')!r} twice"
+                return f"the vocabulary has the token {token.decode('utf-8', 'replace')!r} twice"
             seen.add(token)
     for i in range(c.gguf_get_n_tensors(header)):
         if c.GGML_TYPE_I8 <= <int>c.gguf_get_tensor_type(header, i) <= c.GGML_TYPE_F64:
             name = c.gguf_get_tensor_name(header, i).decode("utf-8", "replace")
-            return f"the tensor {name} holds integers or doubles, which llama.cpp does not multiply"
+            return f"the tensor {name} has integers or doubles, which llama.cpp does not multiply"
     return None
 
 
 cdef object _contradiction_in(const c.gguf_context *header, bytes arch):
-    """Return which numbers llama.cpp would assert on once it computes, or None.
+    """Return which numbers would make llama.cpp assert when it computes, or None.
 
-    Those that it asserts on earlier become exceptions by themselves: native/llama_guard.hpp.
+    Assertions that fail while it loads become exceptions without this: native/llama_guard.hpp.
     """
     cdef int64_t n_rot = _number(header, arch + b".rope.dimension_count", -1)
     cdef int64_t n_embd = _number(header, arch + b".embedding_length", 0)
@@ -160,12 +162,12 @@ cdef object _contradiction_in(const c.gguf_context *header, bytes arch):
     cdef int64_t head = _number(header, arch + b".attention.key_length", 0)
     cdef int64_t n_layers = _number(header, arch + b".block_count", 0)
     if arch == b"modern-bert":
-        # Unsaid, the first is 0 and the second the first. A list could hold a 0 anywhere, and no
-        # model of this family has one.
-        for name, unsaid in ((b"head_count", 0), (b"head_count_kv", 1)):
+        # If they are missing, the first is 0 and the second equals the first. A list is refused: it
+        # could contain a 0, and no model of this family has one.
+        for name, if_missing in ((b"head_count", 0), (b"head_count_kv", 1)):
             name = arch + b".attention." + name
-            if _number(header, name, 0 if c.gguf_find_key(header, name) >= 0 else unsaid) == 0:
-                return f"{name.decode()} is 0 or no number"
+            if _number(header, name, 0 if c.gguf_find_key(header, name) >= 0 else if_missing) == 0:
+                return f"{name.decode()} is 0 or not a number"
     if head == 0 and n_heads > 0:
         head = n_embd // n_heads
     if n_rot != -1 and head > 0 and not (0 < n_rot <= head and n_rot % 2 == 0):
@@ -173,7 +175,7 @@ cdef object _contradiction_in(const c.gguf_context *header, bytes arch):
     if n_out > n_embd and (arch == b"gemma-embedding"
                            or c.gguf_find_tensor(header, b"dense_2.weight") < 0):
         return f"rows have {n_out} values, but no matrix makes them of {n_embd}"
-    # Both need layers of two kinds, as the mask of one that no layer uses gets no memory.
+    # These models need layers of both kinds: a mask that no layer uses would get no memory.
     cdef int64_t every = 1
     if arch == b"gemma-embedding":
         every = _number(header, arch + b".attention.sliding_window_pattern", 6)
@@ -187,7 +189,7 @@ cdef object _contradiction_in(const c.gguf_context *header, bytes arch):
 
 
 cdef int64_t _number(const c.gguf_context *header, bytes name, int64_t default):
-    """Return a number of the header, `default` where there is none."""
+    """Return a number of the header, or `default` if there is none."""
     cdef int64_t key = c.gguf_find_key(header, name)
     if key < 0 or c.gguf_get_kv_type(header, key) != c.GGUF_TYPE_UINT32:
         return default

@@ -1,16 +1,16 @@
-# What this process may use of the machine: its CPUs and its memory, with the limits of its cgroups.
-# `root` is for tests: a folder that holds `proc` and `sys`.
+# How many CPUs and how much memory this process may use, considering the limits of its cgroups.
+# `root` is for tests: a folder that contains `proc` and `sys`.
 
 
 def _cgroup_folders(str controller, str root):
-    """Yield the folders of this process's cgroup and of all above it, of both versions of cgroups.
+    """Yield the folders of this process's cgroup and of its parents, for both versions of cgroups.
 
-    Each of them may have a limit. A container may not see the folders that /proc/self/cgroup names;
-    what it sees as the root is then its own.
+    Each folder may have a limit. A container may not see the folders that /proc/self/cgroup names;
+    then the root that it sees is its own cgroup.
     """
     base = os.path.join(root, "sys/fs/cgroup")
-    own = {"": "/", controller: "/"}  # by controller; the second version has no names
-    names = {controller: controller}  # of folders: controllers may share one
+    own = {"": "/", controller: "/"}  # by controller; version 2 has no controller names
+    names = {controller: controller}  # of folders; controllers may share one
     try:
         with open(os.path.join(root, "proc/self/cgroup"), encoding="utf-8") as file:
             for line in file:
@@ -24,7 +24,7 @@ def _cgroup_folders(str controller, str root):
         (controller, (os.path.join(base, controller), os.path.join(base, names[controller]))),
     ):
         parts = own[name].strip("/").split("/")
-        if ".." in parts:  # outside of what this process's namespace can see
+        if ".." in parts:  # outside of this process's namespace
             parts = []
         for mount in dict.fromkeys(mounts):
             for n in range(len(parts), -1, -1):
@@ -32,7 +32,7 @@ def _cgroup_folders(str controller, str root):
 
 
 cdef object _first_word(str folder, str name):
-    """Return the first word of a file of a cgroup; None where it is not there."""
+    """Return the first word of a file of a cgroup, or None if there is none."""
     try:
         with open(os.path.join(folder, name), encoding="utf-8") as file:
             return file.read().split()[0]
@@ -41,13 +41,13 @@ cdef object _first_word(str folder, str name):
 
 
 cdef object _number_in(str folder, str name):
-    """Return the number that a file of a cgroup holds; None where there is none, or no limit."""
+    """Return the number in a file of a cgroup, or None if there is none or no limit."""
     word = _first_word(folder, name)
     return int(word) if word is not None and word.isdigit() else None
 
 
 def cgroup_cpus(str root="/"):
-    """Return the CPUs that the quotas of the cgroups allow, rounded up; None without a quota."""
+    """Return how many CPUs the quotas of the cgroups allow, rounded up; None without a quota."""
     allowed = []
     for folder in dict.fromkeys(_cgroup_folders("cpu", root)):
         try:
@@ -62,7 +62,7 @@ def cgroup_cpus(str root="/"):
 
 
 def usable_cpus(str root="/"):
-    """Return how many CPUs this process may use: its affinity, and the quotas of its cgroups."""
+    """Return how many CPUs this process may use: those of its affinity, and of its quotas."""
     if hasattr(os, "sched_getaffinity"):
         cpus = len(os.sched_getaffinity(0))
     else:
@@ -72,9 +72,9 @@ def usable_cpus(str root="/"):
 
 
 cdef object _left_in_cgroup(str folder):
-    """Return the bytes that a cgroup may still take; None where it has no limit.
+    """Return how many bytes a cgroup can still allocate; None without a limit.
 
-    Cached files count as used, but the system drops those that nothing has used lately.
+    Cached files count as used, but the system can drop those that were not used recently.
     """
     for limit_name, usage_name, cache_name in (
         ("memory.max", "memory.current", "inactive_file"),
@@ -95,9 +95,9 @@ cdef object _left_in_cgroup(str folder):
 
 
 def available_memory(str root="/"):
-    """Return the bytes of memory that this process can still get; None where nothing tells.
+    """Return how many bytes this process can still allocate; None if it is unknown.
 
-    The least of what the system has available and what each of its cgroups leaves.
+    This is the smallest of what the system has available and what each of its cgroups allows.
     """
     left = []
     try:
@@ -105,7 +105,7 @@ def available_memory(str root="/"):
             left += [int(line.split()[1]) * 1024 for line in file
                      if line.startswith("MemAvailable:")]
     except (OSError, ValueError, IndexError):
-        pass  # no Linux
+        pass  # not Linux
     for folder in dict.fromkeys(_cgroup_folders("memory", root)):
         bytes_left = _left_in_cgroup(folder)
         if bytes_left is not None:

@@ -1,8 +1,7 @@
-# The only declarations of llama.h, ggml-backend.h and gguf.h. Names are theirs, unchanged.
-# What may throw through the C interface (std::bad_alloc first of all) says `except +`.
-from libc.stdint cimport int8_t, int32_t, int64_t, uint32_t, uint64_t
+# All declarations of llama.h, ggml.h, ggml-backend.h and gguf.h, with the names of these headers.
+# Functions that may throw through the C interface, such as std::bad_alloc, have `except +`.
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 from libcpp cimport bool as cbool
-from libcpp.string cimport string
 
 
 cdef extern from "llamacrab_llama_build.h" nogil:
@@ -11,14 +10,6 @@ cdef extern from "llamacrab_llama_build.h" nogil:
     const char *LLAMACRAB_LLAMA_COMMIT
     const char *LLAMACRAB_LLAMA_OPTIONS
     int LLAMACRAB_LLAMA_PLUGINS
-
-
-cdef extern from "native/log.hpp" namespace "llamacrab" nogil:
-    ctypedef void (*log_sink)(int level, const char *line) noexcept
-    void log_install(log_sink sink)
-    void log_set_threshold(int level)
-    string log_take_errors() except +
-    void log_context_warnings(bint passes)
 
 
 cdef extern from "ggml-backend.h" nogil:
@@ -42,9 +33,7 @@ cdef extern from "ggml-backend.h" nogil:
 
 
 cdef extern from "llama.h" nogil:
-    ctypedef int32_t llama_pos
     ctypedef int32_t llama_token
-    ctypedef int32_t llama_seq_id
 
     ctypedef struct llama_vocab
     ctypedef struct llama_model
@@ -87,14 +76,6 @@ cdef extern from "llama.h" nogil:
         LLAMA_LOAD_MODE_MMAP
         LLAMA_LOAD_MODE_MLOCK
         LLAMA_LOAD_MODE_MMAP_MLOCK
-
-    ctypedef struct llama_batch:
-        int32_t n_tokens
-        llama_token *token
-        llama_pos *pos
-        int32_t *n_seq_id
-        llama_seq_id **seq_id
-        int8_t *logits
 
     ctypedef struct llama_model_params:
         ggml_backend_dev_t *devices
@@ -166,7 +147,6 @@ cdef extern from "llama.h" nogil:
         int32_t text_len_max, cbool remove_special, cbool unparse_special) except +
 
     llama_context_params llama_context_default_params()
-    void llama_free(llama_context *ctx)
     uint32_t llama_n_ctx(const llama_context *ctx)
     uint32_t llama_n_ctx_seq(const llama_context *ctx)
     uint32_t llama_n_batch(const llama_context *ctx)
@@ -175,13 +155,6 @@ cdef extern from "llama.h" nogil:
     int32_t llama_n_threads_batch(llama_context *ctx)
     llama_memory_t llama_get_memory(const llama_context *ctx)
     cbool llama_get_causal_attn(const llama_context *ctx)
-    void llama_memory_clear(llama_memory_t mem, cbool data) except +
-
-    llama_batch llama_batch_init(int32_t n_tokens, int32_t embd, int32_t n_seq_max) except +
-    void llama_batch_free(llama_batch batch)
-    int32_t llama_decode(llama_context *ctx, llama_batch batch) except +
-    float *llama_get_embeddings_seq(llama_context *ctx, llama_seq_id seq_id) except +
-    float *llama_get_embeddings_ith(llama_context *ctx, int32_t i) except +
 
 
 cdef extern from "ggml.h" nogil:

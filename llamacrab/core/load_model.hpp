@@ -1,4 +1,4 @@
-// The one call that needs both llama.cpp's guard and the kernels, which know nothing of each other.
+// The only function that needs both llama_guard.hpp and the kernels, which are independent.
 #pragma once
 
 #include "kernels/kernels.hpp"

@@ -1,10 +1,10 @@
-# llama.cpp's log -> the Python logger "llamacrab". The native half is native/log.hpp.
+# llama.cpp's log goes to the Python logger "llamacrab". The native part is native/log.hpp.
 
 _logger = logging.getLogger("llamacrab")
-# Quiet by default: lines show only where the application has set up logging.
+# Lines are shown only if the application has configured logging.
 _logger.addHandler(logging.NullHandler())
 
-# llama.cpp's INFO is over a hundred lines for each model: what it read, tensor by tensor.
+# llama.cpp's INFO becomes DEBUG: it is over a hundred lines per model, about each tensor.
 _LOG_LEVELS = {
     c.GGML_LOG_LEVEL_DEBUG: logging.DEBUG,
     c.GGML_LOG_LEVEL_INFO: logging.DEBUG,
@@ -17,31 +17,31 @@ cdef void _log_sink(int level, const char *line) noexcept with gil:
     try:
         _logger.log(_LOG_LEVELS[level], "%s", line.decode("utf-8", "replace"))
     except KeyboardInterrupt:
-        _thread.interrupt_main()  # raised again where it can unwind
+        _thread.interrupt_main()  # raises it again in the main thread, outside of C++
     except BaseException:
-        # A handler that raises must not unwind through C++, nor be asked to log that it did.
+        # An exception of a handler must not pass through C++. It cannot be logged either.
         pass
 
 
 def sync_log_level():
-    """Tell the native side which lines the logger ``llamacrab`` wants now.
+    """Tell the native code the level of the logger ``llamacrab``.
 
-    Lines below its level are dropped without the GIL. Called whenever a model or a context is made;
-    call it yourself after changing the level in between.
+    Lines below the level are dropped without the GIL. This is called when a model or a context is
+    created. Call it after you have changed the level at another time.
     """
-    for native, level in _LOG_LEVELS.items():
+    for native_level, level in _LOG_LEVELS.items():
         if _logger.isEnabledFor(level):
-            c.log_set_threshold(native)
+            native.log_set_threshold(native_level)
             return
     _close_log()
 
 
 @atexit.register
 def _close_log():
-    # Also at interpreter exit: from then on no native thread may ask for the GIL.
-    c.log_set_threshold(c.GGML_LOG_LEVEL_ERROR + 1)
+    # Also at interpreter exit: after that, no native thread may take the GIL.
+    native.log_set_threshold(c.GGML_LOG_LEVEL_ERROR + 1)
 
 
 cdef str _native_errors():
-    """Return what llama.cpp has said of its errors on this thread, and forget it."""
-    return c.log_take_errors().decode("utf-8", "replace") or "llama.cpp gave no reason"
+    """Return the errors that llama.cpp has logged on this thread since the last call."""
+    return native.log_take_errors().decode("utf-8", "replace") or "llama.cpp gave no reason"

@@ -4,8 +4,8 @@
 class PoolingType(enum.IntEnum):
     """How the rows of a text's tokens become its row (``llama_pooling_type``)."""
 
-    UNSPECIFIED = c.LLAMA_POOLING_TYPE_UNSPECIFIED  #: what the GGUF says, else MEAN
-    NONE = c.LLAMA_POOLING_TYPE_NONE  #: no pooling: a row for every token
+    UNSPECIFIED = c.LLAMA_POOLING_TYPE_UNSPECIFIED  #: what the GGUF says, otherwise MEAN
+    NONE = c.LLAMA_POOLING_TYPE_NONE  #: no pooling: one row per token
     MEAN = c.LLAMA_POOLING_TYPE_MEAN  #: the mean over the tokens
     CLS = c.LLAMA_POOLING_TYPE_CLS  #: the first token
     LAST = c.LLAMA_POOLING_TYPE_LAST  #: the last token
@@ -29,7 +29,7 @@ class SplitMode(enum.IntEnum):
 
 
 cdef c.ggml_backend_dev_t _offloading_device(str name) except? NULL:
-    """Return the GPU of this name; NULL for the CPU, to which nothing is offloaded."""
+    """Return the GPU with this name, or NULL for the CPU."""
     cdef c.ggml_backend_dev_t device = find_device(name)
     if c.ggml_backend_dev_get_type(device) == c.GGML_BACKEND_DEVICE_TYPE_CPU:
         return NULL
@@ -37,7 +37,7 @@ cdef c.ggml_backend_dev_t _offloading_device(str name) except? NULL:
 
 
 cdef class _ModelHandle(_OfProcess):
-    """Owns a llama_model. What needs the weights holds it, so they outlive `Model.close`."""
+    """Owns a llama_model. Objects that need the weights hold it, also after `Model.close`."""
 
     cdef c.llama_model *ptr
 
@@ -54,31 +54,31 @@ cdef class Model:
     path : str or os.PathLike
         The GGUF file.
     n_gpu_layers : int
-        Layers to put on GPUs, if this build has any; -1 means all.
+        Number of layers to put on GPUs, if this build supports GPUs; -1: all.
     main_gpu : int
-        The GPU that takes the whole model under ``SplitMode.NONE``.
+        The GPU that holds the whole model with ``SplitMode.NONE``.
     split_mode : SplitMode
         How several GPUs share the model.
     device : str, optional
-        The one device that takes the whole model, by the name that ``llamacrab info --devices``
-        shows; by default all GPUs share it.
+        Name of the device that holds the whole model, as ``llamacrab info --devices`` shows it. By
+        default, all GPUs share the model.
     use_mmap : bool
         Map the file instead of reading it.
     use_mlock : bool
-        Keep the weights from being swapped out.
+        Do not let the system swap the weights out.
     check_tensors : bool
-        Look for NaN and infinity in the weights while loading.
+        Check the weights for NaN and infinity while loading.
     cpu_backend : str
         What computes on the CPU: ``"ggml"``, llama.cpp's own code; ``"llamacrab"``, the kernels of
-        `llamacrab/kernels`; ``"int8"``, the same with products in 8 bits; ``"auto"``, what the
-        environment variable ``LLAMACRAB_CPU_BACKEND`` says, else the faster of the first two.
+        `llamacrab/kernels`; ``"int8"``, these kernels with products in 8 bits; ``"auto"``, what the
+        environment variable ``LLAMACRAB_CPU_BACKEND`` says, otherwise the faster of the first two.
 
     Raises
     ------
     DeviceError
         There is no device of this name.
     ModelNotFoundError, ModelFormatError, ModelCorruptError, UnsupportedModelError, ModelError
-        See their docstrings. The message holds llama.cpp's own words.
+        See their docstrings. The message contains llama.cpp's.
     """
 
     cdef _ModelHandle _handle
@@ -86,7 +86,7 @@ cdef class Model:
     cdef readonly str path
     cdef readonly object device  #: as given: the name of a device, or None
     cdef dict _metadata
-    cdef object _made  # what pickle makes it of again
+    cdef object _made  # creates an equal model, for pickle
     cdef frozenset _head_tensors
     cdef readonly str cpu_backend  #: what computes: "ggml", "llamacrab" or "int8"
     cdef readonly bint wants_int8  #: whether "int8" was asked for
@@ -102,7 +102,7 @@ cdef class Model:
             split_mode=split_mode, device=device, use_mmap=use_mmap, use_mlock=use_mlock,
             check_tensors=check_tensors, cpu_backend=cpu_backend)
         sync_log_level()
-        self._head_tensors, suits, self._ffn_types = _read_header(self.path)
+        self._head_tensors, kernels_suit, self._ffn_types = _read_header(self.path)
         cdef c.llama_model_params params = c.llama_model_default_params()
         cdef int mode = SplitMode(split_mode)
         params.n_gpu_layers = n_gpu_layers
@@ -118,35 +118,18 @@ cdef class Model:
             chosen[1] = NULL
             params.devices = chosen
             has_gpu = chosen[0] != NULL
-        self.cpu_backend = _choose_backend(cpu_backend, suits, has_gpu and n_gpu_layers != 0)
+        on_gpu = has_gpu and n_gpu_layers != 0
+        self.cpu_backend = _choose_backend(cpu_backend, kernels_suit, on_gpu)
         self.wants_int8 = self.cpu_backend == "int8"
-        cdef native.cpu_backend backend = _backend_value(self.cpu_backend)
         if self.cpu_backend != "ggml" and not has_gpu:
-            # "All layers", without a GPU, makes llama.cpp put each norm on ggml's CPU code.
+            # "All layers" without a GPU would make llama.cpp compute each norm with ggml's code.
             params.n_gpu_layers = 0
-        params.load_mode = (
-            c.LLAMA_LOAD_MODE_MMAP_MLOCK if use_mmap and use_mlock else
-            c.LLAMA_LOAD_MODE_MMAP if use_mmap else
-            c.LLAMA_LOAD_MODE_MLOCK if use_mlock else
-            c.LLAMA_LOAD_MODE_NONE
-        )
+        params.load_mode = _load_mode(use_mmap, use_mlock)
         params.check_tensors = check_tensors
-        cdef bytes name = os.fsencode(self.path)
-        cdef const char *chars = name
-        cdef _ModelHandle handle = _ModelHandle()
-        c.log_take_errors()
-        cdef int n_int8 = 0
-        try:
-            with nogil:
-                handle.ptr = native.load_model(chars, params, backend, n_int8)
-        except MemoryError:
-            raise AllocationError(f"not enough memory to load {self.path}") from None
-        PyErr_CheckSignals()  # loading may have taken long
-        if handle.ptr == NULL:
-            raise _load_error(self.path, _native_errors())
+        cdef _ModelHandle handle = self._load(params)
         if c.llama_model_has_encoder(handle.ptr) and c.llama_model_has_decoder(handle.ptr):
             raise UnsupportedModelError(
-                f"{self.path} is an encoder-decoder (such as T5): it does not give one row a text. "
+                f"{self.path} is an encoder-decoder (such as T5): it has no single row per text. "
                 "Use an encoder or a decoder model"
             )
         self._metadata = {
@@ -154,10 +137,27 @@ cdef class Model:
             for i in range(c.llama_model_meta_count(handle.ptr))
         }
         self._vocab = Vocab.of(handle, self._metadata)
-        self.n_int8_matrices = n_int8
-        if self.cpu_backend == "int8" and n_int8 == 0:
-            self.cpu_backend = "llamacrab"  # which is what it computes as
+        if self.cpu_backend == "int8" and self.n_int8_matrices == 0:
+            self.cpu_backend = "llamacrab"  # no matrix can be in 8 bits
         self._handle = handle
+
+    cdef _ModelHandle _load(self, c.llama_model_params params):
+        cdef bytes name = os.fsencode(self.path)
+        cdef const char *chars = name
+        cdef _ModelHandle handle = _ModelHandle()
+        cdef native.cpu_backend backend = _backend_value(self.cpu_backend)
+        cdef int n_int8_matrices = 0
+        native.log_take_errors()
+        try:
+            with nogil:
+                handle.ptr = native.load_model(chars, params, backend, n_int8_matrices)
+        except MemoryError:
+            raise AllocationError(f"not enough memory to load {self.path}") from None
+        PyErr_CheckSignals()  # loading may take long
+        if handle.ptr == NULL:
+            raise _load_error(self.path, _native_errors())
+        self.n_int8_matrices = n_int8_matrices
+        return handle
 
     cdef _ModelHandle handle(self):
         cdef _ModelHandle handle
@@ -168,7 +168,7 @@ cdef class Model:
         return handle
 
     def close(self):
-        """Let go of the weights. Contexts made from this model go on working until they close."""
+        """Release the weights. Contexts of this model keep them until they are closed too."""
         with cython.critical_section(self):
             self._handle = None
 
@@ -183,12 +183,12 @@ cdef class Model:
         self.close()
 
     def __reduce__(self):
-        """Pickle its file and arguments: the process that unpickles it loads it itself."""
+        """Pickle the path and the arguments. The process that unpickles loads the file."""
         self.handle()
         return self._made, ()
 
     def __copy__(self):
-        """Return itself: one model serves all who use it."""
+        """Return itself: a model can be shared."""
         return self
 
     def __deepcopy__(self, memo):
@@ -205,7 +205,7 @@ cdef class Model:
 
     @property
     def metadata(self):
-        """Scalar values of the GGUF's header, as a dict of str to str."""
+        """Scalar values of the GGUF header, as a dict of str to str."""
         self.handle()
         return dict(self._metadata)
 
@@ -216,47 +216,47 @@ cdef class Model:
 
     @property
     def desc(self):
-        """One line on the architecture, size and type, in llama.cpp's words."""
+        """One line from llama.cpp about the architecture, size and type."""
         cdef char buffer[256]
         c.llama_model_desc(self.handle().ptr, buffer, sizeof(buffer))
         return buffer.decode("utf-8", "replace")
 
     @property
     def pooling_type(self):
-        """The pooling that the GGUF asks for; UNSPECIFIED if it does not say."""
-        said = self.metadata.get(f"{self.arch}.pooling_type")
-        if said is None or not said.isdecimal() or int(said) > PoolingType.RANK:
+        """The pooling in the GGUF; UNSPECIFIED if it has none."""
+        value = self.metadata.get(f"{self.arch}.pooling_type")
+        if value is None or not value.isdecimal() or int(value) > PoolingType.RANK:
             return PoolingType.UNSPECIFIED
-        return PoolingType(int(said))
+        return PoolingType(int(value))
 
     @property
     def has_rank_head(self):
-        """Whether the GGUF holds a classification head, which `PoolingType.RANK` needs."""
+        """Whether the GGUF has a classification head, which `PoolingType.RANK` needs."""
         return not self._head_tensors.isdisjoint({"cls.weight", "cls.output.weight"})
 
     @property
     def is_causal(self):
-        """Whether a token sees only those before it, as the GGUF says."""
+        """Whether a token sees only the tokens before it, according to the GGUF."""
         return self.metadata.get(f"{self.arch}.attention.causal", "true") == "true"
 
     @property
     def has_pooler(self):
-        """Whether the classification head has a dense layer (``cls.weight``), as BERT's has."""
+        """Whether the classification head has a dense layer (``cls.weight``), as in BERT."""
         return "cls.weight" in self._head_tensors
 
     @property
     def has_position_table(self):
-        """Whether positions are learned one by one, so that none beyond `n_ctx_train` exists."""
+        """Whether positions have learned embeddings, so that there are only `n_ctx_train`."""
         return "position_embd.weight" in self._head_tensors
 
     @property
     def ffn_types(self):
-        """Feed-forward matrices by their type, such as ``{"Q4_K": 12, "Q6_K": 6}``."""
+        """Number of feed-forward matrices per type, such as ``{"Q4_K": 12, "Q6_K": 6}``."""
         return dict(self._ffn_types)
 
     @property
     def n_ctx_train(self):
-        """Tokens of the longest text that the model was trained on."""
+        """Number of tokens of the longest text in training."""
         return c.llama_model_n_ctx_train(self.handle().ptr)
 
     @property
@@ -284,17 +284,17 @@ cdef class Model:
 
     @property
     def size(self):
-        """Bytes of all weights together."""
+        """Size of all weights in bytes."""
         return c.llama_model_size(self.handle().ptr)
 
     @property
     def n_cls_out(self):
-        """Number of scores that the rank head gives a text; 0 without a head."""
+        """Number of scores per text of the rank head; 0 without a head."""
         return c.llama_model_n_cls_out(self.handle().ptr) if self.has_rank_head else 0
 
     @property
     def cls_labels(self):
-        """Names of the rank head's scores, a list of str; empty where the GGUF has none."""
+        """Names of the rank head's scores, as a list of str; empty if the GGUF has none."""
         cdef _ModelHandle handle = self.handle()
         labels = []
         cdef const char *label
@@ -306,7 +306,7 @@ cdef class Model:
         return labels
 
     def chat_template(self, str name=None):
-        """Return the chat template called `name` (None: the default one), or None."""
+        """Return the chat template with this name, by default the main one, or None."""
         cdef _ModelHandle handle = self.handle()
         cdef bytes encoded = b"" if name is None else name.encode()
         cdef const char *chars = NULL
@@ -317,10 +317,10 @@ cdef class Model:
 
 
 cdef str _meta_string(_ModelHandle handle, int32_t i, bint value):
-    """Return key or value number `i` of the header; the first call only asks for its length."""
+    """Return key or value number `i` of the header."""
     cdef string text
     cdef int32_t n = 0
-    for _ in range(2):
+    for _ in range(2):  # the first call returns the length only
         text.resize(n + 1)
         if value:
             n = c.llama_model_meta_val_str_by_index(handle.ptr, i, &text[0], text.size())
@@ -333,12 +333,13 @@ cdef str _meta_string(_ModelHandle handle, int32_t i, bint value):
 CPU_BACKENDS = ("auto", "llamacrab", "ggml", "int8")
 
 
-cdef str _choose_backend(wanted, bint suits, bint on_gpu):
+cdef str _choose_backend(wanted, bint kernels_suit, bint on_gpu):
     """Return what a model computes with: "ggml", "llamacrab" or "int8"."""
     if wanted == "auto":
         wanted = os.environ.get("LLAMACRAB_CPU_BACKEND") or "auto"
     if wanted == "auto":
-        return "llamacrab" if suits and native.prefer_kernels() and not on_gpu else "ggml"
+        use_kernels = kernels_suit and native.prefer_kernels() and not on_gpu
+        return "llamacrab" if use_kernels else "ggml"
     if wanted not in CPU_BACKENDS:
         raise ModelError(f"cpu_backend must be one of {', '.join(CPU_BACKENDS)}, not {wanted!r}")
     if wanted != "ggml" and native.active_kernels() == NULL:
@@ -347,6 +348,12 @@ cdef str _choose_backend(wanted, bint suits, bint on_gpu):
             "system's libllama does not have"
         )
     return wanted
+
+
+cdef c.llama_load_mode _load_mode(bint use_mmap, bint use_mlock):
+    if use_mmap:
+        return c.LLAMA_LOAD_MODE_MMAP_MLOCK if use_mlock else c.LLAMA_LOAD_MODE_MMAP
+    return c.LLAMA_LOAD_MODE_MLOCK if use_mlock else c.LLAMA_LOAD_MODE_NONE
 
 
 cdef bint _has_gpu():
@@ -360,7 +367,7 @@ cdef native.cpu_backend _backend_value(str name):
 
 
 cdef object _load_error(str path, str reason):
-    """Turn what llama.cpp says of a failed load into the exception that a reader expects."""
+    """Return the exception for a failed load, given llama.cpp's message."""
     if "unknown model architecture" in reason or "cannot be used as main model" in reason:
         return UnsupportedModelError(f"{path}: {reason}")
     if "unable to allocate" in reason or "failed to allocate" in reason:

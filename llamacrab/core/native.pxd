@@ -1,4 +1,4 @@
-# The only declarations of our own C++ core, native/*.hpp.
+# All declarations of llamacrab's own C++ code. Only here.
 from libc.stdint cimport int32_t, int64_t, uint8_t
 from libcpp cimport bool as cbool
 from libcpp.map cimport map as cppmap
@@ -22,6 +22,14 @@ cdef extern from "<string_view>" namespace "std" nogil:
         string_view(const char *data, size_t size)
         const char *data()
         size_t size()
+
+
+cdef extern from "native/log.hpp" namespace "llamacrab" nogil:
+    ctypedef void (*log_sink)(int level, const char *line) noexcept
+    void log_install(log_sink sink)
+    void log_set_threshold(int level)
+    string log_take_errors() except +
+    void log_context_warnings(cbool wanted)
 
 
 cdef extern from "native/thread_pool.hpp" namespace "llamacrab" nogil:
@@ -57,7 +65,6 @@ cdef extern from "kernels/testing/compare_with_ggml.hpp" namespace "llamacrab::k
 
 cdef extern from "native/llama_guard.hpp" namespace "llamacrab" nogil:
     void asserts_install()
-    llama_context *make_context(llama_model *model, llama_context_params params) except +
 
 
 cdef extern from "core/load_model.hpp" namespace "llamacrab" nogil:
@@ -85,7 +92,7 @@ cdef extern from "native/tokenization.hpp" namespace "llamacrab" nogil:
         start
         middle
 
-    int64_t first_kept(truncate_side side, int64_t room)
+    int64_t n_leading_kept(truncate_side side, int64_t room)
 
     cppclass tokenization:
         const llama_vocab *vocab
@@ -115,26 +122,22 @@ cdef extern from "native/tokenization.hpp" namespace "llamacrab" nogil:
                              thread_pool &helpers) except +
 
 
-cdef extern from "native/scheduler.hpp" namespace "llamacrab" nogil:
+cdef extern from "native/job.hpp" namespace "llamacrab" nogil:
     enum class failure_kind:
         none
         decode
+        no_room
         no_memory
         numerical
         thrown
         closed
         cancelled
 
-    enum class fault_kind:
+    enum class norm_kind:
         none
-        decode_error
-        no_memory
-        throws
-        not_finite
-
-    double norm_none
-    double norm_max
-    double norm_int16
+        p
+        max
+        int16
 
     cppclass failure:
         failure_kind kind
@@ -147,7 +150,8 @@ cdef extern from "native/scheduler.hpp" namespace "llamacrab" nogil:
 
     cppclass job:
         job() except +
-        double norm
+        norm_kind norm
+        double p
         int32_t width
         cbool dedup
         cbool may_be_zero
@@ -169,11 +173,42 @@ cdef extern from "native/scheduler.hpp" namespace "llamacrab" nogil:
         token_vector tokens
         vector[item] items
 
+
+cdef extern from "native/queue.hpp" namespace "llamacrab" nogil:
     cppclass limits:
         int32_t pack_tokens
         int32_t pack_min
         int64_t queue_tokens
 
+
+cdef extern from "native/decoder.hpp" namespace "llamacrab" nogil:
+    enum class fault_kind:
+        none
+        decode_error
+        no_memory
+        throws
+        not_finite
+
+    cppclass token_batch:
+        token_batch(int32_t capacity) except +
+        void clear()
+        void add(const int32_t *ids, int32_t n_tokens, int32_t first_pos, int32_t seq_id)
+        int32_t n_tokens()
+        int32_t token(int32_t i)
+        int32_t pos(int32_t i)
+        int32_t seq_id(int32_t i)
+
+    cppclass decoder:
+        @staticmethod
+        unique_ptr[decoder] make(llama_model *model, llama_context_params params) except +
+        llama_context *context()
+        failure decode(const token_batch &batch) except +
+        const float *sequence_row(int32_t seq_id) except +
+        const float *token_row(int32_t index) except +
+        void clear_memory() except +
+
+
+cdef extern from "native/scheduler.hpp" namespace "llamacrab" nogil:
     cppclass worker_stats:
         int64_t n_packs
         int64_t n_texts
@@ -194,9 +229,7 @@ cdef extern from "native/scheduler.hpp" namespace "llamacrab" nogil:
 
     cppclass scheduler:
         scheduler(limits bounds) except +
-        void add_worker(llama_model *model, llama_context *context,
-                        llama_context_params params, int32_t pack_tokens,
-                        int32_t pack_texts) except +
+        void add_worker(decoder &computes, int32_t pack_tokens, int32_t pack_texts) except +
         cbool has_room(job &j, int64_t n_tokens, cbool wait) except +
         void give_up_place(job &j) except +
         cbool admit(job &j, unique_ptr[chunk] texts) except +

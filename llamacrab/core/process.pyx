@@ -1,4 +1,4 @@
-# Native objects belong to the process that made them.
+# Native objects belong to the process that created them.
 
 cdef extern from *:
     """
@@ -14,10 +14,10 @@ cdef extern from *:
 
 
 cdef class _OfProcess:
-    """Knows the process that made it: a forked child inherits the memory, but not the threads.
+    """Stores the process that created it.
 
-    There, an owner of native memory must neither use what it owns, as it would wait for threads
-    that do not exist, nor free it.
+    A forked child inherits the memory, but not the threads. So in a child, an owner of native
+    memory must not use it, as it would wait for threads that do not exist, and must not free it.
     """
 
     cdef int pid
@@ -26,7 +26,7 @@ cdef class _OfProcess:
         self.pid = llamacrab_getpid()
 
     cdef bint is_foreign(self) noexcept:
-        """Return whether this is another process, a child of the one that made it."""
+        """Return whether this process is a child of the one that created it."""
         return self.pid != llamacrab_getpid()
 
     cdef int check_process(self, str what) except -1:

@@ -26,28 +26,29 @@ cdef class Tokenization:
     vocab : Vocab
         The model's vocabulary.
     limit : int
-        Tokens that fit, special tokens counted.
+        Number of tokens that fit, special tokens included.
     truncate : bool or {"end", "start", "middle"}
-        Which part of a text that is too long to cut away, True being its end; never anything that
-        stands around it. "middle" keeps the first half of what fits, rounded up, and the last half.
+        Which part to cut away from a text that is too long; True is the end. What is put around
+        the text is never cut. "middle" keeps the first half of what fits, rounded up, and the last
+        half.
     parse_special : bool
-        Read the spelling of a special token in a text as that token.
+        Treat the spelling of a special token in a text as that token.
     prefix_ids, suffix_ids : sequence of int, optional
-        Ids before and after a text; by default those that the model was trained with.
+        Ids before and after a text; by default those of the model's training.
     prefix_text, suffix_text : str
-        Text before and after, split into tokens together with the text.
+        Strings before and after a text, which are split into tokens together with it.
     shift : int
-        Added to ids below it between prefix_ids and suffix_ids: `Vocab.segment_b_offset` for a
-        document.
+        Added to all smaller ids between `prefix_ids` and `suffix_ids`: `Vocab.segment_b_offset` for
+        a document.
     text_only : bool
-        Refuse token ids, around which nothing of this can be put.
+        Refuse token ids, because nothing can be put around them.
     advice, larger : str
-        What helps against a text that is too long, for error messages: what to pass to the call,
-        and how to make `limit` larger, empty where it cannot be.
+        For the error about a text that is too long: what to pass to the call, and how to make
+        `limit` larger (empty if that is impossible).
     """
 
     cdef native.tokenization _native
-    cdef native.token_vector _common  # ids that nearly every text begins with
+    cdef native.token_vector _common  # leading ids of nearly every text
     cdef bint _text_only
     cdef str _advice, _larger
     cdef readonly Vocab vocab
@@ -84,9 +85,9 @@ cdef class Tokenization:
         Parameters
         ----------
         text : str or sequence of int
-            A text, or token ids, which are taken as they are: nothing is put around them.
+            A text, or token ids. Nothing is put around token ids.
         index : int
-            Which text of the call it is, for error messages.
+            Number of the text in its call, for error messages.
 
         Raises
         ------
@@ -95,9 +96,9 @@ cdef class Tokenization:
         EmptyInputError
             There are no tokens.
         InputError
-            It is neither a str nor token ids of this vocabulary.
+            `text` is neither a str nor a sequence of token ids of this vocabulary.
         ContextError
-            `limit` leaves no room for the text beside what stands around it.
+            What is put around the text leaves no room for it within `limit`.
         """
         if not isinstance(text, str):
             return self.check_ids(text, index)
@@ -113,7 +114,7 @@ cdef class Tokenization:
         return _int32_array(ids.data(), ids.size())
 
     cdef check_ids(self, ids, int64_t index):
-        """Check ids that the user gave, and cut them as a text would be cut."""
+        """Check the caller's ids, and truncate them as a text."""
         if (self._text_only or isinstance(ids, (bytes, bytearray, memoryview))
                 or not hasattr(ids, "__len__")):
             raise _wrong(index, _no_text(ids, index, self._text_only))
@@ -133,7 +134,7 @@ cdef class Tokenization:
             return array
         if self._native.truncate == native.truncate_side.none:
             raise TextTooLongError(len(array), limit, index, self._advice)
-        # Ids that begin and end with the special tokens keep them through a cut, as a text does.
+        # If the ids start or end with the special tokens, these are kept, as for a text.
         prefix, suffix = self.vocab.prefix_ids, self.vocab.suffix_ids
         cdef Py_ssize_t n_before = len(prefix), n_after = len(suffix)
         if tuple(array[:n_before]) != prefix:
@@ -143,7 +144,7 @@ cdef class Tokenization:
         if n_before + n_after >= limit:
             n_before = n_after = 0
         cdef int64_t room = limit - n_before - n_after
-        cdef int64_t first = native.first_kept(self._native.truncate, room)
+        cdef int64_t first = native.n_leading_kept(self._native.truncate, room)
         return np.concatenate(
             [array[:n_before + first], array[len(array) - (room - first) - n_after:]]
         )
@@ -164,14 +165,14 @@ cdef class Tokenization:
 
 
 cdef object _wrong(int64_t index, str message, kind=InputError):
-    """Return the error of one text of a call."""
+    """Return an error about one text of a call."""
     error = kind(message)
     error.index = index
     return error
 
 
 cdef str _no_text(value, int64_t index, bint text_only):
-    """Return what is wrong with what is no text, and what to pass instead."""
+    """Return what is wrong with a value that is not a text, and what to pass instead."""
     kind = type(value).__name__
     if value is None or kind in ("NAType", "NaTType") or _is_nan(value):
         return f"text {index} is missing ({value}): leave it out, or pass a text in its place"
@@ -189,7 +190,7 @@ cdef bint _is_nan(value):
 
 
 cdef bint _holds_str(value):
-    """Return whether `value` holds texts; an iterator is not asked, as that would change it."""
+    """Return whether `value` contains texts. An iterator is not read, as that would change it."""
     return (
         hasattr(value, "__len__") and getattr(value, "ndim", 1) and len(value) > 0
         and isinstance(next(iter(value)), str)

@@ -14,7 +14,7 @@ class VocabType(enum.IntEnum):
     TEST = 7
 
 
-# The key of a GGUF that tells how many tokens come before their second copies.
+# The GGUF key for the number of tokens, if each has a second copy after the first ones.
 SEGMENT_B_OFFSET = "llamacrab.segment_b_offset"
 
 _UNSPLITTABLE = (
@@ -24,12 +24,12 @@ _UNSPLITTABLE = (
 
 
 cdef str _exact(text):
-    """Return a text of a subclass of str, such as numpy's, as the plain str that it is."""
+    """Return a text as a plain str, also if its class is a subclass, such as numpy's."""
     if type(text) is str:
         return text
     if not isinstance(text, str):
         raise TypeError(f"a text must be str, not {type(text).__name__}")
-    return str.__str__(text)  # str() would ask the subclass
+    return str.__str__(text)  # str() would call a method of the subclass
 
 
 cdef bytes _utf8(str text):
@@ -67,7 +67,7 @@ def as_token_ids(tokens):
 
 
 cdef class Vocab:
-    """The vocabulary of a model, as ``model.vocab``. Safe to use from many threads at once.
+    """The vocabulary of a model, as ``model.vocab``. Threads may share it.
 
     Attributes
     ----------
@@ -76,15 +76,15 @@ cdef class Vocab:
     vocab_type : VocabType
         How text is split.
     bos, eos, sep, pad, mask : int or None
-        Ids of the special tokens, None where the GGUF has none.
+        Ids of the special tokens; None if the GGUF does not have the token.
     add_bos, add_eos, add_sep : bool
         Whether the GGUF asks for these tokens around a text.
     prefix_ids, suffix_ids : tuple of int
         The special tokens that `tokenize` puts before and after a text.
     segment_b_offset : int or None
-        In a BERT cross-encoder that `llamacrab.convert` made: how many tokens there are. Each is
-        there twice, as `i` in the query and as ``i + segment_b_offset`` in the document; `n_tokens`
-        counts both. No text gives the second; turned into text, it is what the first is.
+        In a BERT cross-encoder made by `llamacrab.convert`: the number of tokens. Each has two ids,
+        `i` in the query and ``i + segment_b_offset`` in the document; `n_tokens` counts both.
+        `tokenize` gives the first only; `detokenize` gives the same text for both.
     """
 
     cdef _ModelHandle _model
@@ -115,8 +115,8 @@ cdef class Vocab:
         self.add_bos = c.llama_vocab_get_add_bos(self._ptr)
         self.add_eos = c.llama_vocab_get_add_eos(self._ptr)
         self.add_sep = c.llama_vocab_get_add_sep(self._ptr)
-        # The rules of llama_tokenize(add_special=true), which asserts, and so ends the process,
-        # where a GGUF asks for a token that it lacks. We add the tokens ourselves.
+        # These are the rules of llama_tokenize(add_special=true). It is not used because it asserts
+        # and ends the process if a GGUF asks for a token that it does not have.
         if self.vocab_type == VocabType.WPM:
             before, after = [self.bos], [self.sep]
         else:
@@ -125,11 +125,11 @@ cdef class Vocab:
         self.prefix_ids = tuple(token for token in before if token is not None)
         self.suffix_ids = tuple(token for token in after if token is not None)
         if self.vocab_type == VocabType.RWKV:
-            # At a byte that begins a token, but is none, llama.cpp adds tokens for ever.
+            # At a byte that starts a token and is not a token itself, llama.cpp never stops adding.
             pieces = {self.token_to_piece(token) for token in range(self.n_tokens)}
             if any(piece[:1] not in pieces for piece in pieces):
                 raise ModelCorruptError("the vocabulary lacks tokens of single bytes")
-        # native/tokenization.hpp says why.
+        # See decompose_hangul() in native/tokenization.hpp.
         lowercase = metadata.get("tokenizer.ggml.normalizer.lowercase", "true")
         strip = metadata.get("tokenizer.ggml.normalizer.strip_accents", lowercase)
         self._decompose = self.vocab_type == VocabType.WPM and strip == "true"
@@ -138,7 +138,7 @@ cdef class Vocab:
             half = self.n_tokens // 2
             special = (self.bos, self.eos, self.sep)
             highest = max(0 if token is None else token for token in special)
-            # Raised ids must be ids still: llama.cpp would read beyond its table.
+            # Shifted ids must be in the range too: llama.cpp would read beyond its table.
             if said != str(half) or 2 * half != self.n_tokens or highest >= half:
                 raise ModelCorruptError(
                     f"{SEGMENT_B_OFFSET} is {said}, which does not fit {self.n_tokens} tokens"
@@ -155,9 +155,9 @@ cdef class Vocab:
         Parameters
         ----------
         text : str
-            Any text. A lone surrogate counts as U+FFFD.
+            Any text. A lone surrogate is read as U+FFFD.
         add_special : bool
-            Put `prefix_ids` before and `suffix_ids` after, as the model was trained.
+            Add `prefix_ids` before and `suffix_ids` after, as in the model's training.
         parse_special : bool
             Read the spelling of a special token, such as ``[SEP]``, in the text as that token.
 
@@ -182,7 +182,7 @@ cdef class Vocab:
         return _int32_array(ids.data(), ids.size())
 
     cdef int check_there(self) except -1:
-        """Refuse a GGUF that holds no vocabulary: llama.cpp asserts on most questions to it."""
+        """Refuse a GGUF without a vocabulary: most functions of llama.cpp would assert on it."""
         if self.vocab_type == VocabType.NONE:
             raise UnsupportedModelError("this GGUF has no vocabulary: pass token ids")
         return 0
@@ -191,7 +191,7 @@ cdef class Vocab:
         """Return a text as a plain str; refuse one that llama_tokenize cannot take."""
         self.check_there()
         cdef str plain = _exact(text)
-        # Four bytes a character at most, and half as much again for decomposed Hangul.
+        # At most 4 bytes per character, or 6 for decomposed Hangul.
         if len(plain) > 2**31 // 6:
             raise InputError(f"a text of {len(plain)} characters is more than llama.cpp can take")
         return plain
@@ -206,7 +206,7 @@ cdef class Vocab:
         remove_special : bool
             Drop the special tokens that `tokenize` adds.
         unparse_special : bool
-            Spell the special tokens out.
+            Write out the special tokens.
 
         Raises
         ------
@@ -249,12 +249,12 @@ cdef class Vocab:
         return <bytes>piece
 
     def is_control(self, int token):
-        """Return whether a token is special: it steers the model and stands for no text."""
+        """Return whether a token is special: it controls the model and stands for no text."""
         token = self.first_copy(token)
         return bool(c.llama_vocab_is_control(self._ptr, token))
 
     cdef int first_copy(self, int token) except -1:
-        """Check an id, and return the one that stands for the same text in segment A."""
+        """Check an id, and return the id of the same text in segment A."""
         self.check_there()
         if not 0 <= token < self.n_tokens:
             raise InputError(f"token id {token} is not in range({self.n_tokens})")

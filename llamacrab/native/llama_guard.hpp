@@ -1,9 +1,11 @@
-// llama.cpp asserts on numbers of a GGUF that contradict each other, which would end the process.
-// While it loads a model, plans a context, or computes with one thread, it works on the calling
-// thread only, and from there an assertion can leave as an exception, as its own errors do. The
-// frames that it crosses are C++, or C with the unwind tables that compilers write on Linux and
-// macOS. Elsewhere it still ends the process: one that fails on a thread of ggml's, or with other
-// threads waiting for it, has no way out.
+// Failed assertions of llama.cpp as exceptions.
+//
+// llama.cpp asserts on a GGUF whose numbers contradict each other. By default, that ends the
+// process. While it loads a model, plans a context, or computes with one thread, it runs on the
+// calling thread only. There, a failed assertion can throw, as its own errors do. The stack frames
+// in between are C++, or C with the unwind tables that compilers write on Linux and macOS. If an
+// assertion fails on a thread of ggml, or while other threads wait for this one, the process still
+// ends.
 #pragma once
 
 #include <cstdio>
@@ -21,15 +23,15 @@ inline bool & asserts_throw() {
 
 inline void on_assert(const char * message) {
     if (asserts_throw()) {
-        const std::string whole = message;  // begins with the path of llama.cpp's source
-        throw std::runtime_error("gave up at " +
-                                 whole.substr(whole.rfind('/', whole.find(": ")) + 1));
+        const std::string text = message;  // starts with the path of llama.cpp's source
+        throw std::runtime_error("gave up at " + text.substr(text.rfind('/', text.find(": ")) + 1));
     }
     std::fprintf(stderr, "%s\n", message);
 }
 
 inline void asserts_install() { ggml_set_abort_callback(on_assert); }
 
+// While an object of this class exists, assertions that fail on this thread throw.
 class throwing_asserts {
     const bool before = asserts_throw();
 

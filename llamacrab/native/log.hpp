@@ -1,5 +1,5 @@
-// llama.cpp's log, made safe for Python: whole lines, per thread, and never the GIL unless a line
-// is wanted. The callback is process-wide and may run on any thread, ggml's own included.
+// llama.cpp's log, for Python: whole lines, collected per thread. The GIL is taken only for lines
+// that are wanted. The callback is process-wide and may run on any thread, including those of ggml.
 #pragma once
 
 #include <algorithm>
@@ -14,25 +14,25 @@ namespace llamacrab {
 using log_sink = void (*)(int level, const char * line);
 
 struct log_state {
-    std::atomic<int> threshold{GGML_LOG_LEVEL_ERROR + 1};  // lines below it never reach the sink
+    std::atomic<int> threshold{GGML_LOG_LEVEL_ERROR + 1};  // lower levels do not reach the sink
     std::atomic<log_sink> sink{nullptr};
 };
 
 struct log_thread {
     int level = GGML_LOG_LEVEL_NONE;
     std::string line;              // the unfinished line
-    std::string errors;            // finished error lines since log_take_errors()
-    bool muted = false;            // what this thread logs now is expected, and dropped
+    std::string errors;            // error lines since log_take_errors()
+    bool muted = false;            // drop what this thread logs: it is expected
     bool context_warnings = true;  // whether warnings about a context are logged
 };
 
-// Warnings about generating text, which is not done here. They are logged as DEBUG.
+// Warnings about generating text, which llamacrab does not do. They are logged as DEBUG.
 constexpr const char * log_demoted[] = {
-    // Every BERT's: its SEP, which stands for EOS, does not end a generation.
+    // For every BERT: its SEP, which is used as EOS, does not end a generation.
     "special_eos_id is not in special_eog_ids",
-    // Every XLM-R's: a newline is only looked for to fill in code.
+    // For every XLM-R: the newline is only needed to complete code.
     "model vocab missing newline token",
-    // Every Gemma 2's, once for each context: it could not go back to an earlier turn of a chat.
+    // For every Gemma 2, once per context: it cannot go back to an earlier turn of a chat.
     "using full-size SWA cache",
 };
 
@@ -67,43 +67,43 @@ inline void log_callback(ggml_log_level level, const char * text, void *) noexce
         return;
     }
     local.line.pop_back();
-    // The sink runs Python, which may log again on this thread: give it a line of its own.
+    // The sink runs Python code, which may log on this thread again: pass it a copy of the line.
     const std::string line = std::move(local.line);
     local.line.clear();
-    int said = local.level;
-    if (said >= GGML_LOG_LEVEL_ERROR && local.errors.size() < 4096) {
+    int level_of_line = local.level;
+    if (level_of_line >= GGML_LOG_LEVEL_ERROR && local.errors.size() < 4096) {
         local.errors += local.errors.empty() ? "" : "; ";
         local.errors += line;
     }
-    const auto says = [&](const char * part) { return line.find(part) != std::string::npos; };
+    const auto contains = [&](const char * part) { return line.find(part) != std::string::npos; };
     if (!local.context_warnings &&
-        (says("> n_ctx_train") || says("model default pooling_type is"))) {
+        (contains("> n_ctx_train") || contains("model default pooling_type is"))) {
         return;
     }
-    if (said == GGML_LOG_LEVEL_WARN &&
-        std::any_of(std::begin(log_demoted), std::end(log_demoted), says)) {
-        said = GGML_LOG_LEVEL_DEBUG;
+    if (level_of_line == GGML_LOG_LEVEL_WARN &&
+        std::any_of(std::begin(log_demoted), std::end(log_demoted), contains)) {
+        level_of_line = GGML_LOG_LEVEL_DEBUG;
     }
-    if (auto sink = shared.sink.load(); sink && wanted(said)) {
-        sink(said, line.c_str());
+    if (auto sink = shared.sink.load(); sink && wanted(level_of_line)) {
+        sink(level_of_line, line.c_str());
     }
 } catch (...) {
-    // No memory for a log line: it is lost, the work is not.
+    // There is no memory for the line. Only the line is lost.
 }
 
-// The error lines that llama.cpp has said on this thread since the last call.
+// Return the errors that llama.cpp has logged on this thread since the last call.
 inline std::string log_take_errors() {
     std::string taken;
     taken.swap(log_local().errors);
     return taken;
 }
 
-// An abort that we asked for is no error, though llama.cpp logs it as one.
+// llama.cpp logs an abort as an error, also if the scheduler has asked for it.
 inline void log_mute(bool muted) { log_local().muted = muted; }
 
-// Whether llama.cpp's warnings about the sizes and the pooling of a context pass: it gives them for
-// every context, and for more cells than one text can use.
-inline void log_context_warnings(bool pass) { log_local().context_warnings = pass; }
+// Whether warnings about the sizes and the pooling of a context are logged. llama.cpp gives them
+// for every context, also if there are only more cells than one text can use.
+inline void log_context_warnings(bool wanted) { log_local().context_warnings = wanted; }
 
 inline void log_install(log_sink sink) {
     log_shared().sink = sink;

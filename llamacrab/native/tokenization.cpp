@@ -10,7 +10,8 @@ namespace llamacrab {
 
 namespace {
 
-void append_utf8(std::string & out, uint32_t code) {  // three bytes: every jamo lies in U+1100-11FF
+// Append a character of three bytes, such as every jamo (U+1100 to U+11FF).
+void append_utf8(std::string & out, uint32_t code) {
     out += char(0xE0 | (code >> 12));
     out += char(0x80 | ((code >> 6) & 0x3F));
     out += char(0x80 | (code & 0x3F));
@@ -24,7 +25,7 @@ std::string decompose_hangul(std::string_view text) {
     out.reserve(text.size() + text.size() / 2);
     for (size_t i = 0; i < text.size();) {
         const auto byte = [&](size_t k) { return uint32_t(uint8_t(text[i + k])); };
-        // A syllable is three bytes that begin with EA..ED.
+        // A syllable has three bytes; the first is from EA to ED.
         const bool three = byte(0) >= 0xEA && byte(0) <= 0xED && i + 2 < text.size();
         const auto code =
             three ? (byte(0) & 0x0F) << 12 | (byte(1) & 0x3F) << 6 | (byte(2) & 0x3F) : 0;
@@ -45,7 +46,7 @@ std::string decompose_hangul(std::string_view text) {
 
 namespace {
 
-// One character of UTF-8 text that is known to be sound.
+// One character of valid UTF-8.
 struct character {
     uint32_t code;
     size_t size;
@@ -67,7 +68,7 @@ bool is_space(uint32_t code) {
            code == 0x2029 || code == 0x202F || code == 0x205F || code == 0x3000;
 }
 
-// Punctuation of ASCII, but for the apostrophe inside a word, and of Chinese and Japanese.
+// Punctuation of ASCII, except for the apostrophe, and of Chinese and Japanese.
 bool is_mark(uint32_t code) {
     const bool ascii = (code > ' ' && code < '0') || (code > '9' && code < 'A') ||
                        (code > 'Z' && code < 'a') || (code > 'z' && code < 0x7F);
@@ -75,11 +76,11 @@ bool is_mark(uint32_t code) {
            (code >= 0xFF01 && code <= 0xFF0F) || (code >= 0xFF1A && code <= 0xFF20);
 }
 
-// Split `text` by llama.cpp and append its ids.
+// Split `text` with llama.cpp and append its ids.
 bool split(const llama_vocab * vocab, std::string_view text, bool parse_special,
            token_vector & out) {
     const size_t before = out.size();
-    // A token a byte is room enough, but for normalisation that lengthens the text.
+    // One token per byte is enough, unless normalization makes the text longer.
     int32_t room = int32_t(text.size()) + 8;
     for (int tries = 0; tries < 2; ++tries) {
         out.resize(before + room);
@@ -98,47 +99,45 @@ bool split(const llama_vocab * vocab, std::string_view text, bool parse_special,
     return false;
 }
 
-// Most BPE vocabularies split by std::regex, which recurses once a character: 25,000 letters,
-// spaces or signs in a row overflow a stack of 8 MiB and end the process. So a stretch of text
-// without a change between whitespace and the rest is cut into pieces of at most 4,096 characters:
-// where a letter meets punctuation, as these vocabularies split there themselves, or else anywhere.
+// Most BPE vocabularies split with std::regex, which recurses once per character: 25,000 letters,
+// spaces or signs in a row overflow a stack of 8 MiB and end the process. So a run of text without
+// a change between whitespace and other characters is cut into pieces of at most 4,096 characters:
+// before punctuation, where these vocabularies split anyway, or otherwise anywhere.
 bool split_bpe(const llama_vocab * vocab, std::string_view text, bool parse_special,
                token_vector & out) {
-    constexpr int longest = 4096;
-    size_t start = 0, seam = 0;  // of the piece; of its last good place for a cut
-    int n = 0;                   // characters of the stretch, in this piece
+    constexpr int max_characters = 4096;
+    size_t start = 0;      // of the piece
+    size_t good_cut = 0;   // last good place for a cut in the piece; 0: none
+    int n_characters = 0;  // of the run, in this piece
     uint32_t previous = ' ';
     for (size_t i = 0; i < text.size();) {
         const auto [code, size] = character_at(text, i);
         if (is_space(code) != is_space(previous)) {
-            n = 0;
-            seam = 0;
-        } else if (n > longest / 2 && is_mark(code) && !is_mark(previous)) {
-            seam = i;
+            n_characters = 0;
+            good_cut = 0;
+        } else if (n_characters > max_characters / 2 && is_mark(code) && !is_mark(previous)) {
+            good_cut = i;
         }
-        if (n == longest) {
-            const size_t cut = seam ? seam : i;
+        if (n_characters == max_characters) {
+            const size_t cut = good_cut ? good_cut : i;
             if (!split(vocab, text.substr(start, cut - start), parse_special, out)) {
                 return false;
             }
             start = i = cut;
-            seam = 0;
-            n = 0;
+            good_cut = 0;
+            n_characters = 0;
             previous = code;
             continue;
         }
         previous = code;
-        n += 1;
+        n_characters += 1;
         i += size;
     }
     return split(vocab, text.substr(start), parse_special, out);
 }
 
-// SPM vocabularies copy all tokens so far for every character that they spell in bytes: 10 MB of
-// line breaks took half an hour. So a long text is cut before characters that no token holds: no
-// token can lie across such a place, and the ids are the same.
-bool split_spm(const llama_vocab * vocab, std::string_view text, token_vector & out) {
-    constexpr size_t least = 4096;
+// Which characters occur in a token that is not a single byte.
+std::vector<bool> characters_of(const llama_vocab * vocab) {
     std::vector<bool> known(0x110000);
     known[' '] = true;
     for (llama_token token = 0; token < llama_vocab_n_tokens(vocab); ++token) {
@@ -151,13 +150,22 @@ bool split_spm(const llama_vocab * vocab, std::string_view text, token_vector & 
             }
         }
     }
+    return known;
+}
+
+// For every character that an SPM vocabulary spells in bytes, llama.cpp copies all tokens so far:
+// 10 MB of line breaks took half an hour. So a long text is cut before characters that are in no
+// token. No token can contain such a place, so the ids are the same.
+bool split_spm(const llama_vocab * vocab, std::string_view text, token_vector & out) {
+    constexpr size_t min_bytes = 4096;
+    const std::vector<bool> known = characters_of(vocab);
     token_vector piece;
     size_t n_extra = 0;
     for (size_t start = 0; start < text.size();) {
         size_t stop = start + character_at(text, start).size, size = 0;
         while (stop < text.size()) {
             const auto [code, bytes] = character_at(text, stop);
-            if (stop - start >= least && !known[code]) {
+            if (stop - start >= min_bytes && !known[code]) {
                 size = bytes;
                 break;
             }
@@ -169,7 +177,7 @@ bool split_spm(const llama_vocab * vocab, std::string_view text, token_vector & 
         }
         out.insert(out.end(), piece.begin() + ptrdiff_t(n_extra), piece.end());
         if (size) {
-            // A piece begins as a text does, with a space that is not there: away with its tokens.
+            // llama.cpp puts a space before each piece, as before a text: remove its tokens.
             piece.clear();
             split(vocab, text.substr(stop, size), false, piece);
             n_extra = piece.size() - size;
@@ -215,7 +223,7 @@ bool tokenize(const llama_vocab * vocab, std::string_view text, bool parse_speci
     return ok;
 }
 
-int64_t first_kept(truncate_side side, int64_t room) {
+int64_t n_leading_kept(truncate_side side, int64_t room) {
     return side == truncate_side::start    ? 0
            : side == truncate_side::middle ? room - room / 2
                                            : room;
@@ -248,8 +256,8 @@ tokenize_status tokenization::apply(std::string_view text, token_vector & out,
     return status;
 }
 
-// Make what `out` holds from `content` on, the tokens of prefix_text + text + suffix_text, fit with
-// the suffix.
+// Shorten the ids in `out` from `content` on, those of prefix_text + text + suffix_text, so that
+// they and suffix_ids fit.
 tokenize_status tokenization::cut(std::string_view text, size_t content, token_vector & out) const {
     const auto split = [&](std::string_view piece, token_vector & into) {
         return tokenize(vocab, piece, parse_special, decompose, into);
@@ -264,22 +272,22 @@ tokenize_status tokenization::cut(std::string_view text, size_t content, token_v
     if (room <= 0) {
         return tokenize_status::no_room;
     }
-    const int64_t first = first_kept(truncate, room), last = room - first;
+    const int64_t n_first = n_leading_kept(truncate, room), n_last = room - n_first;
     if (prefix_text.empty() && suffix_text.empty()) {
-        out.erase(out.begin() + ptrdiff_t(content + first), out.end() - ptrdiff_t(last));
+        out.erase(out.begin() + ptrdiff_t(content + n_first), out.end() - ptrdiff_t(n_last));
         return tokenize_status::ok;
     }
-    // What stays of the text touches prefix_text or suffix_text as it does in the whole.
-    if (first) {
+    // What is kept of the text touches prefix_text or suffix_text as in the whole.
+    if (n_first) {
         opening.clear();
         split(prefix_text + std::string(text), opening);
-        opening.resize(size_t(std::min(n_before + first, int64_t(opening.size()))));
+        opening.resize(size_t(std::min(n_before + n_first, int64_t(opening.size()))));
     }
-    if (last) {
+    if (n_last) {
         closing.clear();
         split(std::string(text) + suffix_text, closing);
         closing.erase(closing.begin(),
-                      closing.end() - std::min(n_after + last, int64_t(closing.size())));
+                      closing.end() - std::min(n_after + n_last, int64_t(closing.size())));
     }
     out.resize(content);
     out.insert(out.end(), opening.begin(), opening.end());
@@ -319,7 +327,7 @@ tokenized tokenize_run(const tokenization & rules, const source * texts, size_t 
 
 tokenized tokenize_texts(const tokenization & rules, const std::vector<source> & texts,
                          size_t budget, thread_pool & helpers) {
-    // Parts worth handing to another thread: waking it takes as long as a few hundred bytes.
+    // Parts large enough for another thread: waking it takes as long as a few hundred bytes.
     constexpr size_t part_bytes = 4096;
     std::vector<size_t> starts;
     for (size_t i = 0, bytes = part_bytes; i < texts.size(); ++i) {
@@ -332,8 +340,8 @@ tokenized tokenize_texts(const tokenization & rules, const std::vector<source> &
     const size_t n_parts = starts.size();
     starts.push_back(texts.size());
 
-    // Parts are taken in order, so that those that were taken before the budget was used up, or a
-    // text failed, are the first ones.
+    // Parts are taken in order. So the parts that are done when the budget is used up, or when a
+    // text has failed, are the first ones.
     std::vector<tokenized> parts(n_parts);
     std::vector<std::exception_ptr> thrown(n_parts);
     std::atomic<size_t> next{0}, n_tokens{0};

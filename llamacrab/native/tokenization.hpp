@@ -1,4 +1,4 @@
-// From UTF-8 text to the token ids that a model reads: special tokens around it, within a limit.
+// From UTF-8 text to the token ids that a model reads, with special tokens and within a limit.
 #pragma once
 
 #include <cstdint>
@@ -8,33 +8,32 @@
 
 #include "llama.h"
 #include "thread_pool.hpp"
+#include "tokens.hpp"
 
 namespace llamacrab {
 
-using token_vector = std::vector<llama_token>;
-
-// llama.cpp's decomposition, on which BERT's uncased vocabularies rest, keeps only the first letter
-// of a Hangul syllable. Syllables that come decomposed pass whole. The arithmetic is Unicode's
-// (The Unicode Standard, 3.12 "Conjoining Jamo Behavior").
+// Decompose Hangul syllables. BERT's uncased vocabularies need this: llama.cpp's own decomposition
+// keeps only the first letter of a syllable, but leaves decomposed syllables as they are. The
+// arithmetic is that of the Unicode Standard, 3.12 "Conjoining Jamo Behavior".
 std::string decompose_hangul(std::string_view text);
 
-// Split `text` and append its ids to `out`, without special tokens. Returns false where llama.cpp
-// cannot: more tokens than it can count, or bytes for which the vocabulary has no token.
+// Split `text` and append its ids to `out`, without special tokens. Returns false if llama.cpp
+// cannot split it: it has more tokens than can be counted, or bytes without a token.
 bool tokenize(const llama_vocab * vocab, std::string_view text, bool parse_special, bool decompose,
               token_vector & out);
 
 enum class tokenize_status { ok, too_long, no_room, empty, unsplittable };
 
-// Which part of a text that is too long is cut away.
+// Which part to cut away from a text that is too long.
 enum class truncate_side { none, end, start, middle };
 
-// Of `room` tokens that a text may keep, how many are its first; the others are its last.
-int64_t first_kept(truncate_side side, int64_t room);
+// Number of leading tokens to keep out of `room`; the rest are trailing.
+int64_t n_leading_kept(truncate_side side, int64_t room);
 
 // How a text becomes ids: prefix_ids, the tokens of prefix_text + text + suffix_text, suffix_ids.
-// The two texts touch a document in a reranker's template: they are split into tokens together with
-// it, and are never cut. Between prefix_ids and suffix_ids, ids below `shift` are raised by it: a
-// second copy of the vocabulary begins there, for a second segment.
+// In a reranker's template, the two strings touch the document, so they are split into tokens
+// together with it. They are never cut. Between prefix_ids and suffix_ids, `shift` is added to all
+// ids below it: from there on, the vocabulary is repeated for a second segment.
 struct tokenization {
     const llama_vocab * vocab = nullptr;
     token_vector prefix_ids;
@@ -47,27 +46,27 @@ struct tokenization {
     bool parse_special = false;
     bool decompose = false;
 
-    // Append the ids of `text` to `out`; on failure `out` is as before. `n_tokens` is the text's
-    // length before any cut, special tokens counted.
+    // Append the ids of `text` to `out`. After a failure, `out` is unchanged. `n_tokens` is set to
+    // the number of tokens before a cut, including special tokens.
     tokenize_status apply(std::string_view text, token_vector & out, int64_t & n_tokens) const;
 
-    // Ids that nearly every text begins with: prefix_ids, and the tokens of `prefix_text` but for
-    // the last, which may come out otherwise where the text touches it.
+    // Leading ids of nearly every text: prefix_ids, and the tokens of `prefix_text` except for the
+    // last, which may be another one if the text touches it.
     token_vector common() const;
 
   private:
     tokenize_status cut(std::string_view text, size_t content, token_vector & out) const;
 };
 
-// A text, or ids that are taken as they are: then `bytes` are those of the ids.
+// A text, or ids that are used unchanged; then `bytes` are the bytes of the ids.
 struct source {
     std::string_view bytes;
     bool is_ids = false;
 };
 
-// What a run of texts has become: their ids one after another, and where those of each end. If a
-// text could not be split, `status` says why, it is the one after the last in `ends`, and
-// `n_tokens` is its length.
+// The ids of several texts, one after another, and where the ids of each text end. If a text could
+// not be split, it is the one after the last in `ends`, `status` says why, and `n_tokens` is its
+// length.
 struct tokenized {
     token_vector tokens;
     std::vector<size_t> ends;
@@ -75,8 +74,8 @@ struct tokenized {
     int64_t n_tokens = 0;
 };
 
-// Tokenize the first of `texts`, at least one and about as many as give `budget` tokens, with the
-// help of `helpers`.
+// Split the first of `texts` into tokens, with the help of `helpers`: at least one text, and about
+// as many as have `budget` tokens.
 tokenized tokenize_texts(const tokenization & rules, const std::vector<source> & texts,
                          size_t budget, thread_pool & helpers);
 

@@ -9,7 +9,7 @@ import numpy as np
 from llamacrab import quantize
 from llamacrab._core import Model, PoolingType, Tokenization
 from llamacrab.errors import InputError, LlamaError
-from llamacrab.options import NORM_INT16, EmbedOptions
+from llamacrab.options import EmbedOptions, Norm
 from llamacrab.requests.chunking import Windows
 from llamacrab.requests.offsets import kept, token_offsets
 from llamacrab.requests.prompts import ids_of, split_at_special
@@ -66,7 +66,8 @@ class EmbedRequest:
         return scheduler.job(
             pipeline.tokenization,
             len(self.inputs),
-            norm=pipeline.norm,
+            norm=pipeline.norm.kind,
+            p=pipeline.norm.p,
             width=pipeline.width,
             dedup=self._dedup,
         )
@@ -132,7 +133,7 @@ class EmbedPipeline:
         self.pooled = pooling_type != PoolingType.NONE
         self.width = _width(options, model)
         # The rows of windows are averaged first, and then normalized.
-        self.norm = 0.0 if options.chunk else options.norm
+        self.norm = Norm("none") if options.chunk else options.norm
         vocab = model.vocab
         prompt = _prompt(options, prompts)
         self._prefix_text = ""
@@ -219,14 +220,14 @@ class EmbedPipeline:
         return self.finish(np.zeros((n_texts, self.width), dtype=np.float32), None)
 
 
-def normalized(rows: np.ndarray, norm: float) -> np.ndarray:
-    """Divide each row by its norm, as native/scheduler.cpp does."""
-    if norm == 0:
+def normalized(rows: np.ndarray, norm: Norm) -> np.ndarray:
+    """Divide each row by its norm, as native/decoder.cpp does."""
+    if norm.kind == "none":
         return rows
-    order = np.inf if norm == NORM_INT16 else norm
+    order = norm.p if norm.kind == "p" else np.inf
     lengths = np.linalg.norm(rows.astype(np.float64), ord=order, axis=-1, keepdims=True)
     lengths[lengths == 0] = 1  # a text that failed has a row of zeros
-    scaled: np.ndarray = rows / (lengths / 32760 if norm == NORM_INT16 else lengths)
+    scaled: np.ndarray = rows / (lengths / 32760 if norm.kind == "int16" else lengths)
     return scaled.astype(np.float32)
 
 

@@ -1,0 +1,304 @@
+#include "decoder.hpp"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <new>
+#include <optional>
+#include <stdexcept>
+#include <type_traits>
+#include <utility>
+
+#include "llama_guard.hpp"
+#include "log.hpp"
+
+namespace llamacrab {
+
+static_assert(std::is_same_v<llama_token, int32_t>);
+
+namespace {
+
+using clock = std::chrono::steady_clock;
+
+double seconds_since(clock::time_point start) {
+    return std::chrono::duration<double>(clock::now() - start).count();
+}
+
+// Call a function that returns a failure, and turn its exceptions into failures.
+template <class F>
+failure caught(F && call) {
+    try {
+        return call();
+    } catch (const std::bad_alloc &) {
+        return make_failure(failure_kind::no_memory, 0, "out of memory");
+    } catch (const std::exception & error) {
+        return make_failure(failure_kind::thrown, -3, error.what());
+    } catch (...) {
+        return make_failure(failure_kind::thrown, -3, "unknown exception");
+    }
+}
+
+double l2_norm(const float * row, int32_t n) {
+    double sum = 0;
+    for (int32_t i = 0; i < n; ++i) {
+        sum += double(row[i]) * row[i];
+    }
+    return std::sqrt(sum);
+}
+
+double max_norm(const float * row, int32_t n) {
+    double max = 0;
+    for (int32_t i = 0; i < n; ++i) {
+        max = std::max(max, std::abs(double(row[i])));
+    }
+    return max;
+}
+
+double p_norm(const float * row, int32_t n, double p) {
+    const double max = max_norm(row, n);
+    double sum = 0;
+    for (int32_t i = 0; i < n; ++i) {
+        sum +=
+            std::pow(std::abs(row[i]) / max, p);  // divided by the maximum, so no power underflows
+    }
+    return max * std::pow(sum, 1 / p);
+}
+
+// The factor that normalizes a row of length `l2`.
+float scale_of(const float * row, const job & j, double l2) {
+    switch (j.norm) {
+        case norm_kind::none: return 1;
+        case norm_kind::p: return float(1 / (j.p == 2 ? l2 : p_norm(row, j.width, j.p)));
+        case norm_kind::max: return float(1 / max_norm(row, j.width));
+        case norm_kind::int16: return float(1 / (max_norm(row, j.width) / 32760));
+    }
+    return 1;
+}
+
+}  // namespace
+
+void token_batch::add(const int32_t * ids, int32_t n_tokens, int32_t first_pos, int32_t seq_id) {
+    for (int32_t i = 0; i < n_tokens; ++i) {
+        const int32_t at = batch.n_tokens++;
+        batch.token[at] = ids[i];
+        batch.pos[at] = first_pos + i;
+        batch.n_seq_id[at] = 1;
+        batch.seq_id[at][0] = seq_id;
+        batch.logits[at] = 1;  // llama.cpp requires every token as an output for embeddings
+    }
+}
+
+// ------------------------------------------------------------------------------------- context
+
+std::unique_ptr<decoder> decoder::make(llama_model * model, llama_context_params params) {
+    std::unique_ptr<llama_context, decltype(&llama_free)> context(make_context(model, params),
+                                                                  llama_free);
+    if (!context) {
+        return nullptr;
+    }
+    std::unique_ptr<decoder> made(new decoder(model, context.get(), params));
+    context.release();
+    return made;
+}
+
+decoder::decoder(llama_model * model, llama_context * context, llama_context_params params)
+    : model(model), ctx(context), params(params) {
+    watch_abort();
+}
+
+decoder::~decoder() { llama_free(ctx); }
+
+void decoder::watch_abort() {
+    const auto on_abort = [](void * data) {
+        const bool stop = static_cast<decoder *>(data)->abort;
+        log_mute(stop);
+        return stop;
+    };
+    llama_set_abort_callback(ctx, on_abort, this);
+}
+
+// Replace the context after an exception, which leaves its state in doubt. If there can be no other
+// context, the old one stays.
+void decoder::renew() noexcept {
+    tainted = true;
+    try {
+        if (llama_context * fresh = make_context(model, params)) {
+            llama_free(ctx);
+            ctx = fresh;
+            watch_abort();
+        }
+    } catch (...) {
+        // If there was no memory for the pack, there may be none for a context.
+    }
+}
+
+// ------------------------------------------------------------------------------------- decoding
+
+// Run code that decodes and returns the result of llama_decode.
+template <class F>
+failure decoder::attempt(F && call) {
+    return caught([&] {
+        // With one thread, a failed assertion of llama.cpp can be caught like any other exception.
+        std::optional<throwing_asserts> scope;
+        if (params.n_threads_batch == 1) {
+            scope.emplace();
+        }
+        log_take_errors();
+        const int32_t code = call();
+        llama_synchronize(ctx);
+        log_mute(false);
+        return failure_of(code);
+    });
+}
+
+failure decoder::failure_of(int32_t code) const {
+    if (code == 0) {
+        return failure();
+    }
+    if (abort) {
+        return make_failure(failure_kind::cancelled, code, "aborted");
+    }
+    if (code == 1) {
+        return make_failure(failure_kind::no_room, code,
+                            "the context's memory has no room for these tokens");
+    }
+    return make_failure(failure_kind::decode, code, log_take_errors());
+}
+
+failure decoder::decode(const token_batch & batch) {
+    return attempt([&] { return llama_decode(ctx, batch.batch); });
+}
+
+void decoder::clear_memory() {
+    if (const llama_memory_t memory = llama_get_memory(ctx)) {
+        llama_memory_clear(memory, /*data=*/false);
+    }
+    shared.clear();
+}
+
+// ------------------------------------------------------------------------------------- packs
+
+void decoder::compute(token_batch & batch, const item * const * texts, size_t n_texts,
+                      fault_kind fault, failure * results, decode_seconds & seconds) {
+    const auto fail_all = [&](const failure & what) {
+        std::fill_n(results, n_texts, what);
+        tainted = true;
+        if (what.kind == failure_kind::thrown || what.kind == failure_kind::no_memory) {
+            renew();
+        }
+    };
+    auto started = clock::now();
+    const failure decoded = attempt([&] {
+        switch (fault) {
+            case fault_kind::throws: throw std::runtime_error("injected");
+            case fault_kind::no_memory: throw std::bad_alloc();
+            case fault_kind::decode_error: return -3;
+            default: return decode_texts(batch, texts, n_texts);
+        }
+    });
+    seconds.decoding += seconds_since(started);
+    if (decoded.kind != failure_kind::none) {
+        fail_all(decoded);
+        return;
+    }
+    started = clock::now();
+    const failure copied = caught([&] {
+        int32_t first_token = 0;
+        for (size_t k = 0; k < n_texts; ++k) {
+            results[k] = fault == fault_kind::not_finite
+                             ? make_failure(failure_kind::numerical, 0, "NaN or infinite")
+                             : copy_rows(*texts[k], int32_t(k), first_token);
+            tainted |= results[k].kind != failure_kind::none;
+            first_token += texts[k]->n_tokens;
+        }
+        return failure();
+    });
+    seconds.copying += seconds_since(started);
+    if (copied.kind != failure_kind::none) {
+        fail_all(copied);
+    }
+}
+
+// Fill the batch and decode it. Returns the result of llama_decode.
+int32_t decoder::decode_texts(token_batch & batch, const item * const * texts, size_t n_texts) {
+    if (const int32_t code = prepare_memory(batch, texts, n_texts)) {
+        return code;
+    }
+    batch.clear();
+    for (size_t k = 0; k < n_texts; ++k) {
+        const item & text = *texts[k];
+        batch.add(text.ids() + text.n_shared, text.n_tokens - text.n_shared, text.n_shared,
+                  int32_t(k));
+    }
+    return llama_decode(ctx, batch.batch);
+}
+
+// Remove the texts of the last pack from the memory of a causal model. If the texts of this pack
+// share a prefix, compute it once and let every text continue from a copy of it. Returns the result
+// of llama_decode.
+int32_t decoder::prepare_memory(token_batch & batch, const item * const * texts, size_t n_texts) {
+    const llama_memory_t memory = llama_get_memory(ctx);
+    if (!memory) {
+        return 0;
+    }
+    if (tainted) {
+        // Clear the values too: attention multiplies values that a text must not see by zero, which
+        // leaves NaN as NaN.
+        llama_memory_clear(memory, /*data=*/true);
+        shared.clear();
+        tainted = false;
+    }
+    static const token_vector no_prefix;
+    const token_vector & wanted = texts[0]->n_shared ? texts[0]->owner->shared : no_prefix;
+    const auto prefix_seq_id = llama_seq_id(llama_n_seq_max(ctx) - 1);
+    if (wanted.empty() || wanted != shared) {
+        llama_memory_clear(memory, /*data=*/false);
+        shared.clear();
+        if (!wanted.empty()) {
+            batch.clear();
+            batch.add(wanted.data(), int32_t(wanted.size()), 0, prefix_seq_id);
+            if (const int32_t code = llama_decode(ctx, batch.batch)) {
+                return code;
+            }
+            shared = wanted;
+        }
+    } else {
+        for (size_t seq_id = 0; seq_id < n_used; ++seq_id) {
+            llama_memory_seq_rm(memory, llama_seq_id(seq_id), -1, -1);
+        }
+    }
+    n_used = n_texts;
+    for (size_t k = 0; k < n_texts; ++k) {
+        if (texts[k]->n_shared) {
+            llama_memory_seq_cp(memory, prefix_seq_id, llama_seq_id(k), -1, -1);
+        }
+    }
+    return 0;
+}
+
+// Check the rows of a text, normalize them, and write them to their place.
+failure decoder::copy_rows(const item & text, int32_t seq_id, int32_t first_token) const {
+    const job & j = *text.owner;
+    const int32_t n_rows = std::max(text.n_rows, 1);
+    for (int32_t k = 0; k < n_rows; ++k) {
+        const float * row = text.n_rows ? token_row(first_token + k) : sequence_row(seq_id);
+        if (!row) {
+            return make_failure(failure_kind::decode, 0, "llama.cpp has no row for this text");
+        }
+        const double l2 = l2_norm(row, j.width);
+        if (!std::isfinite(l2)) {
+            return make_failure(failure_kind::numerical, 0, "NaN or infinite");
+        }
+        if (l2 == 0 && !j.may_be_zero) {
+            return make_failure(failure_kind::numerical, 0, "all zero");
+        }
+        const float scale = scale_of(row, j, l2);
+        float * into = text.row + size_t(k) * j.width;
+        for (int32_t i = 0; i < j.width; ++i) {
+            into[i] = row[i] * scale;
+        }
+    }
+    return failure();
+}
+
+}  // namespace llamacrab
