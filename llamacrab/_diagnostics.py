@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from typing import TYPE_CHECKING
 
 from llamacrab._core import PoolingType, VocabType, kernels, kernels_have_int8
@@ -30,6 +31,16 @@ def log_missing_gpu() -> None:
         _logger.warning(
             "this build is for %s, but llama.cpp finds no such GPU here: the model runs on the CPU",
             " and ".join(backends),
+        )
+
+
+@functools.cache
+def log_other_kernels() -> None:
+    """Log once that ``LLAMACRAB_KERNELS`` names kernels that are not in use."""
+    wanted, used = os.environ.get("LLAMACRAB_KERNELS"), kernels()
+    if wanted and used and wanted.replace("plain", "generic") != used:
+        _logger.warning(
+            "LLAMACRAB_KERNELS=%s names no kernels that this CPU runs: %s is in use", wanted, used
         )
 
 

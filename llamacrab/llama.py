@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, overload
 import numpy as np
 
 from llamacrab._core import PoolingType, Scheduler, SplitMode, Tokenization
-from llamacrab._diagnostics import log_context_warnings, log_missing_gpu
+from llamacrab._diagnostics import log_context_warnings, log_missing_gpu, log_other_kernels
 from llamacrab._engine import Engine
 from llamacrab.errors import ClosedError, DeviceError, InputError, PoolingError
 from llamacrab.models.default import resolve
@@ -211,6 +211,7 @@ class Llama:
         self._pipelines: dict[str, EmbedPipeline] = {}
         if devices is None and n_gpu_layers != 0:
             log_missing_gpu()
+        log_other_kernels()
         log_context_warnings(self.model, self.pooling_type, self._engine.n_ctx_wanted)
         if self.pooling_type == PoolingType.RANK:
             warn_about_scores(self.model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 
 import numpy as np
 import pytest
@@ -359,6 +360,8 @@ def test_the_environment_variable_sets_what_auto_means(monkeypatch):
 def test_auto_leaves_decoders_to_ggml():
     with Llama(gguf_path("tiny-qwen3")) as llama:
         assert llama.model.cpu_backend == "ggml"
+        if _core.kernels() != "generic" and "LLAMACRAB_CPU_BACKEND" not in os.environ:
+            assert llama.model.cpu_backend_reason == "the kernels compute only a part of qwen3"
 
 
 def test_auto_takes_encoders_where_the_kernels_are_not_the_generic_ones(monkeypatch):
@@ -366,6 +369,9 @@ def test_auto_takes_encoders_where_the_kernels_are_not_the_generic_ones(monkeypa
     fast = _core.kernels() != "generic"
     with Llama(gguf_path("tiny-bert")) as llama:
         assert llama.model.cpu_backend == ("llamacrab" if fast else "ggml")
+        assert llama.model.cpu_backend_reason == (
+            "faster on this CPU" if fast else "llamacrab has no fast kernels for this CPU"
+        )
 
 
 def test_an_unknown_backend_is_refused():

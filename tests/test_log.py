@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 from helpers import gguf_path, python
 
-from llamacrab import Llama, Model, _diagnostics, errors
+from llamacrab import Llama, Model, _core, _diagnostics, errors
 
 
 @contextlib.contextmanager
@@ -185,6 +185,21 @@ def test_one_thread_s_errors_are_not_in_another_s_exception(tmp_path):
         thread.join()
     assert [len(said) for said in messages] == [1] * 4
     assert len(set.union(*messages)) == 4
+
+
+def test_kernels_that_cannot_be_had_are_told_once(caplog, monkeypatch):
+    monkeypatch.setenv("LLAMACRAB_KERNELS", "avx3")
+    _diagnostics.log_other_kernels.cache_clear()
+    for _ in range(2):
+        Llama(gguf_path("tiny-bert")).close()
+    _diagnostics.log_other_kernels.cache_clear()
+    told = [one.getMessage() for one in caplog.records if "LLAMACRAB_KERNELS" in one.getMessage()]
+    used = _core.kernels()
+    assert told == (
+        [f"LLAMACRAB_KERNELS=avx3 names no kernels that this CPU runs: {used} is in use"]
+        if used
+        else []
+    )
 
 
 def test_a_build_for_gpus_says_once_that_there_is_none(caplog, monkeypatch):

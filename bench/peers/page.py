@@ -39,6 +39,11 @@ def _cosine(value: float) -> str:
     return f"{value:.6f}"
 
 
+def cpu_class(result: dict[str, Any]) -> str:
+    """Return the class of the machine's CPU, as the kernels that llamacrab takes there name it."""
+    return str(result["machine"].get("kernels") or "other").replace("_", "-")
+
+
 def tables(result: dict[str, Any]) -> str:
     """Return a Markdown table for each workload, the fastest first."""
     blocks = []
@@ -132,7 +137,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 def write(result: dict[str, Any], path: Path) -> None:
     """Write the page to `path`, and the plot into the folder `images` beside it."""
-    image = path.parent / "images" / "peers.svg"
+    image = path.parent / "images" / f"{path.stem}.svg"
     plot(result, image)
     found = result["workloads"]
     gemm = np.concatenate([workload["gemm"] for workload in found.values()]) / 1e9
@@ -144,6 +149,8 @@ def write(result: dict[str, Any], path: Path) -> None:
         reference=result["reference"],
         losses=losses(result),
         cpu=result["machine"]["cpu"],
+        cpu_class=cpu_class(result),
+        page=path.name,
         cpus=result["machine"]["cpus"],
         gemm=f"{np.median(gemm):,.0f} ({gemm.min():,.0f} to {gemm.max():,.0f})",
         source=result["texts"],

@@ -3,7 +3,8 @@
     python bench/peers/run.py [--only onnx] [--workload short] [--rounds 5] [--texts 1600]
 
 installs the peers into an environment of their own (once: about 2 GB, and ten minutes), exports the
-model for them, checks that all give the same vectors, measures, and writes docs/peers.md.
+model for them, checks that all give the same vectors, measures, and writes the page in docs/ for
+this class of CPU, such as docs/peers-avx2.md.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import numpy as np
 import page
 
 from llamacrab import fetch_default_model
+from llamacrab._core import kernels
 from llamacrab._support.fetch import cache_dir, fetch
 from llamacrab.bench import workloads
 from llamacrab.bench.run import _cpu_name, ask, reference
@@ -69,7 +71,9 @@ class Peer:
 
 
 _CPUS = usable_cpus()
-_LCP = {"n_ctx": 512, "n_batch": 512, "n_ubatch": 512, "flash_attn": True}
+# The weights of all that load a GGUF: the type that is best on this CPU.
+_TYPE = default_model.default_outtype()
+_LCP = {"outtype": _TYPE, "n_ctx": 512, "n_batch": 512, "n_ubatch": 512, "flash_attn": True}
 _LCP |= {"n_threads": _CPUS, "n_threads_batch": _CPUS}
 _ORT = {"sessions": _CPUS, "threads": 1, "n_texts": 32, "n_tokens": 512}
 _ORT_SAYS = f"{_CPUS} sessions x 1 thread; sorted; batches of up to 32 texts and 512 tokens"
@@ -77,28 +81,45 @@ _OV = {"streams": _CPUS, "n_threads": _CPUS, "n_texts": 64, "n_tokens": 1024}
 _OV_SAYS = (
     f"{_CPUS} streams, asynchronous queue; sorted; batches of up to 64 texts and 1,024 tokens"
 )
-_X = {"n_batch": 512, "n_ubatch": 512, "n_ctx": 32 * 512, "n_parallel": 32, "n_threads": _CPUS}
+_X = {
+    "outtype": _TYPE,
+    "n_batch": 512,
+    "n_ubatch": 512,
+    "n_ctx": 32 * 512,
+    "n_parallel": 32,
+    "n_threads": _CPUS,
+}
 _ST_BATCH = {"short": {"batch": 32}, "mixed": {"batch": 8}}
 _ST_SAYS = f"{_CPUS} threads; it sorts; batches of 32 short texts, of 8 mixed ones"
 
 PEERS = {
-    BASE: Peer("with_llamacrab.py", "what `Llama()` gives", is_ours=True),
+    BASE: Peer(
+        "with_llamacrab.py", f"what `Llama()` gives; {_TYPE}", {"outtype": _TYPE}, is_ours=True
+    ),
     f"{BASE} int8": Peer(
-        "with_llamacrab.py", '`cpu_backend="int8"`', {"cpu_backend": "int8"}, is_ours=True
+        "with_llamacrab.py",
+        f'`cpu_backend="int8"`; {_TYPE}',
+        {"outtype": _TYPE, "cpu_backend": "int8"},
+        is_ours=True,
     ),
     f"{BASE} on ggml's kernels": Peer(
-        "with_llamacrab.py", '`cpu_backend="ggml"`', {"cpu_backend": "ggml"}, is_ours=True
+        "with_llamacrab.py",
+        f'`cpu_backend="ggml"`; {_TYPE}',
+        {"outtype": _TYPE, "cpu_backend": "ggml"},
+        is_ours=True,
     ),
-    "C++ loop": Peer("with_loop.py", "searched on this machine", is_ours=True),
-    "llama-cpp-python defaults": Peer("with_llama_cpp_python.py", "bf16; one text a call"),
+    "C++ loop": Peer("with_loop.py", "searched on this machine", {"outtype": _TYPE}, is_ours=True),
+    "llama-cpp-python defaults": Peer(
+        "with_llama_cpp_python.py", f"{_TYPE}; one text a call", {"outtype": _TYPE}
+    ),
     "llama-cpp-python best": Peer(
         "with_llama_cpp_python.py",
-        f"bf16; 64 texts a call, n_batch = n_ubatch = 512, flash attention, {_CPUS} threads",
+        f"{_TYPE}; 64 texts a call, n_batch = n_ubatch = 512, flash attention, {_CPUS} threads",
         {"batch": 64, **_LCP},
     ),
     "xllamacpp": Peer(
         "with_xllamacpp.py",
-        "bf16; its wheel, compiled for any CPU with AVX2; 300 texts a call, 32 slots, "
+        f"{_TYPE}; its wheel, compiled for any CPU with AVX2; 300 texts a call, 32 slots, "
         f"flash attention, {_CPUS} threads",
         {"batch": 300, "flash_attn": True, **_X},
     ),
@@ -270,7 +291,7 @@ def measure(
             for worker in workers.values():
                 worker.close()
     return {
-        "machine": {"cpu": _cpu_name(), "cpus": _CPUS},
+        "machine": {"cpu": _cpu_name(), "cpus": _CPUS, "kernels": kernels()},
         "texts": workloads.source(),
         "reference": wanted,
         "about": {name: worker.about for name, worker in workers.items()},
@@ -356,7 +377,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="all that was found")
     parser.add_argument("--found", type=Path, help="do not measure; take what --json wrote")
     parser.add_argument(
-        "--page", type=Path, help="what to write; docs/peers.md, unless --only or --shape is given"
+        "--page",
+        type=Path,
+        help="what to write; docs/peers-CLASS.md, unless --only or --shape is given",
     )
     args = parser.parse_args()
     if args.found:
@@ -376,14 +399,15 @@ def main() -> None:
         }
         n = {"short": args.texts, "mixed": max(1, args.texts * 3 // 20)}
         texts = {name: getattr(workloads, name)(n[name]) for name in args.workload or n}
-        outtypes = {"bf16", *(peer.load.get("outtype", "bf16") for peer in peers.values())}
+        outtypes = {_TYPE, "bf16", *(peer.load.get("outtype", "bf16") for peer in peers.values())}
         has_peers = args.shape is not None or any(not peer.is_ours for peer in peers.values())
         python, files = prepare(args.venv.absolute(), outtypes, has_peers, args.shape)
         result = measure(peers, files, texts, args.rounds, python, lambda x: print(x, flush=True))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
     print(page.tables(result))
-    where = args.page or (None if args.only or args.shape else ROOT / "docs" / "peers.md")
+    own = ROOT / "docs" / f"peers-{page.cpu_class(result)}.md"
+    where = args.page or (None if args.only or args.shape else own)
     if where:
         page.write(result, where)
 

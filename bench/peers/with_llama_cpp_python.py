@@ -1,4 +1,5 @@
-"""llama-cpp-python: `Llama.embed`, with `batch` texts a call; other settings are its keywords."""
+"""llama-cpp-python: `Llama.embed`, with `batch` texts a call; `outtype` chooses the weights, other
+settings are its keywords."""
 
 from __future__ import annotations
 
@@ -9,9 +10,12 @@ import numpy as np
 
 
 class Peer:
-    def load(self, files: dict[str, str], *, batch: int = 1, **how: Any) -> str:
+    def load(
+        self, files: dict[str, str], *, batch: int = 1, outtype: str = "bf16", **how: Any
+    ) -> str:
         self._batch = batch
-        self._llama = llama_cpp.Llama(files["gguf bf16"], embedding=True, verbose=False, **how)
+        path = files[f"gguf {outtype}"]
+        self._llama = llama_cpp.Llama(path, embedding=True, verbose=False, **how)
         return f"llama-cpp-python {llama_cpp.__version__}"
 
     def embed(self, texts: list[str]) -> np.ndarray:

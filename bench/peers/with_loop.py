@@ -23,10 +23,10 @@ SAMPLE = 4  # every fourth text is searched with
 
 
 class Peer:
-    def load(self, files: dict[str, str]) -> str:
+    def load(self, files: dict[str, str], *, outtype: str = "bf16") -> str:
         self._folder = tempfile.TemporaryDirectory()
         self._memory = Path(files["memory"])
-        self._model = Path(files["gguf bf16"])
+        self._model = Path(files[f"gguf {outtype}"])
         self._program = loop.build(Path(self._folder.name))
         self._texts: list[str] | None = None
         self._loop = None

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from llamacrab import tuning
-from llamacrab._core import Model, devices
+from llamacrab._core import Model, devices, kernels
 from llamacrab.cli.options import POOLINGS
 from llamacrab.models.convert import OUTTYPES, convert
 from llamacrab.models.default import default_model_path, fetch_default_model, resolve
@@ -71,8 +71,14 @@ def _layout_rows(model: Model) -> dict[str, str]:
         "flash_attn": "flash attention",
     }
     return {label: f"{getattr(used, name)} ({sources[name]})" for name, label in names.items()} | {
-        "CPU backend": model.cpu_backend
+        "CPU backend": _backend_of(model)
     }
+
+
+def _backend_of(model: Model) -> str:
+    """Return what computes on the CPU, and why."""
+    used = model.cpu_backend if model.cpu_backend == "ggml" else f"{model.cpu_backend} {kernels()}"
+    return f"{used} ({model.cpu_backend_reason})"
 
 
 def _pieces(model: Model, tokens: tuple[int, ...]) -> str:
@@ -83,7 +89,7 @@ def _pieces(model: Model, tokens: tuple[int, ...]) -> str:
 @click.option(
     "--outtype",
     type=click.Choice(OUTTYPES),
-    help="Type of the matrices.  [default: bf16 or f16, whichever is faster on this CPU]",
+    help="Type of the matrices.  [default: bf16 if the CPU multiplies bf16, else f16]",
 )
 @click.option("--force", is_flag=True, help="Convert again even if the file exists.")
 def fetch(outtype: str | None, force: bool) -> None:

@@ -23,11 +23,6 @@ def kernels():
     return None if name == NULL else name.decode()
 
 
-def kernels_preferred():
-    """Return whether models use llamacrab's kernels by default: they are faster than ggml's."""
-    return native.prefer_kernels()
-
-
 def kernels_have_int8():
     """Return whether the kernel set can multiply in 8 bits, for ``cpu_backend="int8"``."""
     return native.have_int8()

@@ -30,7 +30,7 @@ cdef tuple _read_header(str path):
     """Return three facts about a model that llama.h does not give.
 
     These are the tensors that decide how the model may be used (a rank head, a table of positions),
-    whether llamacrab's kernels suit it, and the types of its feed-forward matrices. What a model
+    why llamacrab's kernels do not suit it, and the types of its feed-forward matrices. What a model
     cannot do must be refused before llama.cpp asserts or returns something else.
     """
     try:
@@ -65,12 +65,12 @@ cdef tuple _read_header(str path):
             c.gguf_get_tensor_name(header, i).decode("utf-8", "replace")
             for i in range(c.gguf_get_n_tensors(header))
         }
-        kernels_suit = _kernels_suit(header)
+        doubt = _doubt_about_kernels(header)
         ffn_types = _ffn_types(header)
     finally:
         c.gguf_free(header)
     head_tensors = names & {"cls.weight", "cls.output.weight", "position_embd.weight"}
-    return frozenset(head_tensors), kernels_suit, ffn_types
+    return frozenset(head_tensors), doubt, ffn_types
 
 
 cdef dict _ffn_types(const c.gguf_context *header):
@@ -96,23 +96,27 @@ _KERNEL_ARCHS = frozenset({
 cdef int64_t _MAX_EXPANDED_BYTES = 1 << 30
 
 
-cdef bint _kernels_suit(const c.gguf_context *header):
-    """Return whether our kernels are faster for a model, and have room for its weights."""
+cdef str _doubt_about_kernels(const c.gguf_context *header):
+    """Return why llamacrab's kernels are not the best choice for a model; "" if they are."""
     cdef int64_t i, key = c.gguf_find_key(header, b"general.architecture")
     cdef int64_t quantized_bytes = 0
     if key < 0 or c.gguf_get_kv_type(header, key) != c.GGUF_TYPE_STRING:
-        return False
-    if c.gguf_get_val_str(header, key) not in _KERNEL_ARCHS:
-        return False
+        return "the file names no architecture"
+    arch = (<bytes>c.gguf_get_val_str(header, key)).decode("utf-8", "replace")
+    if arch.encode() not in _KERNEL_ARCHS:
+        return f"the kernels compute only a part of {arch}"
     for i in range(c.gguf_get_n_tensors(header)):
         if not c.gguf_get_tensor_name(header, i).startswith(b"blk."):
             continue
         kind = c.gguf_get_tensor_type(header, i)
         if not native.can_pack(kind):
-            return False  # ggml would compute these, and data would go back and forth
+            # ggml would compute these, and data would go back and forth.
+            return f"the kernels do not multiply {c.ggml_type_name(kind).decode()}"
         if kind not in (c.GGML_TYPE_F32, c.GGML_TYPE_F16, c.GGML_TYPE_BF16):
             quantized_bytes += c.gguf_get_tensor_size(header, i)
-    return quantized_bytes <= _MAX_EXPANDED_BYTES
+    if quantized_bytes > _MAX_EXPANDED_BYTES:
+        return f"the kernels would expand {quantized_bytes / 2**30:.1f} GiB of quantized weights"
+    return ""
 
 
 cdef object _error_in(const c.gguf_context *header):

@@ -89,6 +89,7 @@ cdef class Model:
     cdef object _made  # creates an equal model, for pickle
     cdef frozenset _head_tensors
     cdef readonly str cpu_backend  #: what computes: "ggml", "llamacrab" or "int8"
+    cdef readonly str cpu_backend_reason  #: why, such as "asked for"
     cdef readonly bint wants_int8  #: whether "int8" was asked for
     cdef readonly int n_int8_matrices  #: matrices in 8 bits
     cdef dict _ffn_types
@@ -102,7 +103,7 @@ cdef class Model:
             split_mode=split_mode, device=device, use_mmap=use_mmap, use_mlock=use_mlock,
             check_tensors=check_tensors, cpu_backend=cpu_backend)
         sync_log_level()
-        self._head_tensors, kernels_suit, self._ffn_types = _read_header(self.path)
+        self._head_tensors, doubt, self._ffn_types = _read_header(self.path)
         cdef c.llama_model_params params = c.llama_model_default_params()
         cdef int mode = SplitMode(split_mode)
         params.n_gpu_layers = n_gpu_layers
@@ -119,7 +120,7 @@ cdef class Model:
             params.devices = chosen
             has_gpu = chosen[0] != NULL
         on_gpu = has_gpu and n_gpu_layers != 0
-        self.cpu_backend = _choose_backend(cpu_backend, kernels_suit, on_gpu)
+        self.cpu_backend, self.cpu_backend_reason = _choose_backend(cpu_backend, doubt, on_gpu)
         self.wants_int8 = self.cpu_backend == "int8"
         if self.cpu_backend != "ggml" and not has_gpu:
             # "All layers" without a GPU would make llama.cpp compute each norm with ggml's code.
@@ -333,13 +334,19 @@ cdef str _meta_string(_ModelHandle handle, int32_t i, bint value):
 CPU_BACKENDS = ("auto", "llamacrab", "ggml", "int8")
 
 
-cdef str _choose_backend(wanted, bint kernels_suit, bint on_gpu):
-    """Return what a model computes with: "ggml", "llamacrab" or "int8"."""
+cdef tuple _choose_backend(wanted, str doubt, bint on_gpu):
+    """Return what a model computes with, "ggml", "llamacrab" or "int8", and why."""
+    reason = "asked for"
+    if wanted == "auto" and os.environ.get("LLAMACRAB_CPU_BACKEND"):
+        wanted, reason = os.environ["LLAMACRAB_CPU_BACKEND"], "LLAMACRAB_CPU_BACKEND says so"
     if wanted == "auto":
-        wanted = os.environ.get("LLAMACRAB_CPU_BACKEND") or "auto"
-    if wanted == "auto":
-        use_kernels = kernels_suit and native.prefer_kernels() and not on_gpu
-        return "llamacrab" if use_kernels else "ggml"
+        if on_gpu:
+            return "ggml", "the model is on a GPU"
+        if native.active_kernels() == NULL:
+            return "ggml", "this build has no kernels of llamacrab's"
+        if not native.prefer_kernels():
+            return "ggml", "llamacrab has no fast kernels for this CPU"
+        return ("ggml", doubt) if doubt else ("llamacrab", "faster on this CPU")
     if wanted not in CPU_BACKENDS:
         raise ModelError(f"cpu_backend must be one of {', '.join(CPU_BACKENDS)}, not {wanted!r}")
     if wanted != "ggml" and native.active_kernels() == NULL:
@@ -347,7 +354,7 @@ cdef str _choose_backend(wanted, bint kernels_suit, bint on_gpu):
             f"cpu_backend={wanted!r} needs llamacrab's own kernels, which a build with the "
             "system's libllama does not have"
         )
-    return wanted
+    return wanted, reason
 
 
 cdef c.llama_load_mode _load_mode(bint use_mmap, bint use_mlock):

