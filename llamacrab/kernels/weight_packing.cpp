@@ -110,15 +110,16 @@ static int16_place place_of(int k, int64_t column, int block) {
     return {begin + place * 4, begin + (size_t) n * panel_width * 2 + place * sizeof(float)};
 }
 
-// The scale of a block of a column: as fine as the sum of its absolute values allows.
-static float int16_scale(const ggml_tensor * w, const float * values, int n) {
+// The scale of a block of a column: as fine as the sum of its absolute values allows. NaN if a
+// value is not finite, so that results are NaN, as with floats.
+static float int16_scale(const float * values, int n) {
     float max = 0, sum = 0;
     for (int i = 0; i < n; i++) {
         max = std::max(max, std::fabs(values[i]));
         sum += std::fabs(values[i]);
     }
     if (!std::isfinite(sum)) {
-        throw std::runtime_error(std::string("a weight of ") + w->name + " is not finite");
+        return NAN;
     }
     // Rounding may add a half to each value.
     return std::max(max / INT16_MAX, sum / (int16_weight_sum - int16_block / 2 - 1));
@@ -129,10 +130,10 @@ static void pack_int16(const ggml_tensor * w, const float * row, int64_t column,
     for (int block = 0; block < int16_blocks(k); block++) {
         const float * values = row + block * int16_block;
         const int n = std::min(k - block * int16_block, int16_block);
-        const float scale = int16_scale(w, values, n), inverse = scale > 0 ? 1 / scale : 0;
+        const float scale = int16_scale(values, n), inverse = scale > 0 ? 1 / scale : 0;
         const int16_place place = place_of(k, column, block);
         auto * pairs = (int16_t *) ((char *) to + place.pairs);
-        for (int i = 0; i < n; i++) {
+        for (int i = 0; i < n && inverse > 0; i++) {
             pairs[i / 2 * 2 * panel_width + i % 2] = (int16_t) std::lrint(values[i] * inverse);
         }
         std::memcpy((char *) to + place.scale, &scale, sizeof scale);
