@@ -86,6 +86,5 @@ def _missing_int8(model: Model) -> str | None:
     types = ", ".join(f"{n} {kind}" for kind, n in sorted(model.ffn_types.items()))
     return (
         f'cpu_backend="int8" takes {model.n_int8_matrices} of {n_matrices} feed-forward matrices '
-        f"({types}): it takes F32, F16, BF16 and Q8_0 of 64 to 8192 columns, in a multiple of 4. "
-        "Use a file of such a type"
+        f"({types}): it takes those of 64 to 8192 columns, in a multiple of 4"
     )

@@ -1,5 +1,6 @@
 // The kernels' arithmetic against plain loops in double precision, for CPUs that the tests do not
 // run on: kernels_elsewhere.sh compiles this for another CPU and runs it under an emulator.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -34,10 +35,35 @@ static int differ(const char * what, const std::vector<float> & found,
     return wrong;
 }
 
-static uint16_t to_bf16(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    return (uint16_t) ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+// Pack columns of k weights as int16_panels describes.
+static std::vector<char> pack_int16(const std::vector<float> & w, int k, int m) {
+    const int panels = (m + panel_width - 1) / panel_width;
+    const size_t panel_bytes =
+        (size_t) panel_width * (int16_padded(k) * 2 + int16_blocks(k) * sizeof(float));
+    std::vector<char> packed(panels * panel_bytes);
+    for (int column = 0; column < m; column++) {
+        char * at = packed.data() + column / panel_width * panel_bytes;
+        const int place = column % panel_width;
+        for (int begin = 0; begin < k; begin += int16_block) {
+            const int n = std::min(k - begin, int16_block);
+            const float * values = &w[(size_t) column * k + begin];
+            float max = 0, sum = 0;
+            for (int i = 0; i < n; i++) {
+                max = std::max(max, std::fabs(values[i]));
+                sum += std::fabs(values[i]);
+            }
+            const float scale = std::max(max / INT16_MAX, sum / (int16_weight_sum - n));
+            auto * pairs = (int16_t *) at;
+            for (int i = 0; i < n; i++) {
+                pairs[(i / 2 * panel_width + place) * 2 + i % 2] =
+                    (int16_t) std::lrint(values[i] / scale);
+            }
+            at += (size_t) int16_padded(n) * panel_width * 2;
+            ((float *) at)[place] = scale;
+            at += panel_width * sizeof(float);
+        }
+    }
+    return packed;
 }
 
 static int check_linear(const kernel_table & set, int rows, int k, int m, weight_layout layout) {
@@ -45,23 +71,30 @@ static int check_linear(const kernel_table & set, int rows, int k, int m, weight
                bias = numbers(m, 1);
     const int panels = (m + panel_width - 1) / panel_width;
     std::vector<float> packed((size_t) panels * panel_width * k);
-    std::vector<uint16_t> pairs((size_t) panels * panel_width * (k + k % 2));
     for (int column = 0; column < m; column++) {
         const size_t panel = column / panel_width, place = column % panel_width;
         for (int i = 0; i < k; i++) {
             packed[panel * panel_width * k + i * panel_width + place] = w[(size_t) column * k + i];
-            pairs[panel * panel_width * (k + k % 2) + i / 2 * 2 * panel_width + place * 2 + i % 2] =
-                to_bf16(w[(size_t) column * k + i]);
         }
     }
     std::vector<float> y((size_t) rows * m);
     linear_args a{};
     a.layout = layout;
-    a.w = layout == weight_layout::f32_panels ? (const void *) packed.data() : pairs.data();
+    const std::vector<char> integers = pack_int16(w, k, m);
+    std::vector<int16_t> rounded((size_t) rows * int16_row(k));
+    a.w = packed.data();
     a.k = k;
     a.m = m;
     a.x = x.data();
     a.ldx = k;
+    if (layout == weight_layout::int16_panels) {
+        for (int row = 0; row < rows; row++) {
+            set.to_int16(&x[(size_t) row * k], &rounded[(size_t) row * int16_row(k)], k);
+        }
+        a.w = integers.data();
+        a.x = rounded.data();
+        a.ldx = int16_row(k);
+    }
     a.bias = bias.data();
     a.act = activation::gelu;
     a.y = y.data();
@@ -78,8 +111,8 @@ static int check_linear(const kernel_table & set, int rows, int k, int m, weight
                              (1 + std::tanh(0.7978845608 * (sum + 0.044715 * sum * sum * sum))));
         }
     }
-    return differ(layout == weight_layout::f32_panels ? "product, f32" : "product, bf16 weights", y,
-                  wanted, layout == weight_layout::f32_panels ? 1e-11 : 2e-5);
+    return differ(layout == weight_layout::f32_panels ? "product, f32" : "product, int16", y,
+                  wanted, layout == weight_layout::f32_panels ? 1e-11 : 2e-6);
 }
 
 static int check_norm(const kernel_table & set, int rows, int n) {
@@ -165,7 +198,7 @@ int main() {
     for (int rows : {1, 3, 4, 17}) {
         for (int m : {5, 32, 70}) {
             wrong += check_linear(set, rows, 64, m, weight_layout::f32_panels) +
-                     check_linear(set, rows, 64, m, weight_layout::bf16_panels);
+                     check_linear(set, rows, 64, m, weight_layout::int16_panels);
         }
     }
     for (int n : {3, 64, 101}) {
