@@ -192,8 +192,10 @@ def test_queries_and_documents_take_what_other_calls_take(tiny, capsys):
     assert "8/8" in capsys.readouterr().err
     with pytest.raises(errors.LlamaTimeoutError):
         tiny.embed_documents(TEXTS, truncate=True, timeout=0)
+    ahead = tiny.submit(TEXTS * 20, truncate=True, dedup=False)  # one text alone may be in time
     with pytest.raises(errors.LlamaTimeoutError):
         tiny.embed_query(texts[0], truncate=True, timeout=0)
+    ahead.cancel()
 
     async def both():
         return (
