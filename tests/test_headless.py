@@ -55,7 +55,8 @@ def test_headless_rows_equal_those_with_the_head(both, name, pooling, backend):
         return np.vstack([packed, alone, raw])
 
     rows, expected, n_headless = both(
-        compute, gguf_path(name), pooling_type=pooling, cpu_backend=backend, pack_tokens=512)
+        compute, gguf_path(name), pooling_type=pooling, cpu_backend=backend, pack_tokens=512
+    )
     np.testing.assert_allclose(rows, expected, atol=1e-5)
     assert cosines(rows[:3], rows[40:43]).min() >= 0.9999
     assert n_headless >= 5
@@ -66,7 +67,10 @@ def test_headless_rows_equal_those_with_the_head(both, name, pooling, backend):
 def test_headless_rows_of_tokens_equal_those_with_the_head(both, name, backend):
     rows, expected, n_headless = both(
         lambda llama: np.vstack(llama.embed_texts(TEXTS[:12], truncate=True)),
-        gguf_path(name), pooling_type="NONE", cpu_backend=backend)
+        gguf_path(name),
+        pooling_type="NONE",
+        cpu_backend=backend,
+    )
     np.testing.assert_allclose(rows, expected, atol=1e-5)
     assert n_headless > 0
 
@@ -84,7 +88,8 @@ def test_a_text_of_several_ubatches_is_headless(both, name, pooling, backend):
         return np.vstack(llama.embed_texts(texts))
 
     rows, expected, n_headless = both(
-        compute, gguf_path(name), pooling_type=pooling, cpu_backend=backend, n_ubatch=32)
+        compute, gguf_path(name), pooling_type=pooling, cpu_backend=backend, n_ubatch=32
+    )
     np.testing.assert_allclose(rows, expected, atol=1e-5)
     assert n_headless > len(texts)
 
@@ -98,11 +103,13 @@ def test_a_shared_prefix_is_computed_headless(both, name, n_ubatch, backend):
 
     def compute(llama):
         assert llama._scheduler.shares_prefix
-        return np.vstack([llama.embed_texts(texts, prompt=prompt),
-                          llama.embed_texts(texts[::-1], prompt=prompt)])
+        return np.vstack(
+            [llama.embed_texts(texts, prompt=prompt), llama.embed_texts(texts[::-1], prompt=prompt)]
+        )
 
     rows, expected, n_headless = both(
-        compute, gguf_path(name), pooling_type="LAST", cpu_backend=backend, n_ubatch=n_ubatch)
+        compute, gguf_path(name), pooling_type="LAST", cpu_backend=backend, n_ubatch=n_ubatch
+    )
     np.testing.assert_allclose(rows, expected, atol=1e-5)
     assert n_headless > 1
 
@@ -110,7 +117,8 @@ def test_a_shared_prefix_is_computed_headless(both, name, n_ubatch, backend):
 @pytest.mark.parametrize("name", OTHERS)
 def test_models_without_a_head_are_computed_as_before(both, name):
     rows, expected, n_headless = both(
-        lambda llama: llama.embed_texts(TEXTS[:10], truncate=True), gguf_path(name))
+        lambda llama: llama.embed_texts(TEXTS[:10], truncate=True), gguf_path(name)
+    )
     np.testing.assert_array_equal(rows, expected)
     assert n_headless == 0
 
@@ -118,7 +126,8 @@ def test_models_without_a_head_are_computed_as_before(both, name):
 @pytest.mark.parametrize("name", RERANKERS)
 def test_rerankers_are_computed_as_before(both, name):
     rows, expected, n_headless = both(
-        lambda llama: llama.rerank("crab", TEXTS[:10], truncate="end"), gguf_path(name))
+        lambda llama: llama.rerank("crab", TEXTS[:10], truncate="end"), gguf_path(name)
+    )
     np.testing.assert_array_equal(rows, expected)
     assert n_headless == 0
 
@@ -127,8 +136,16 @@ def test_rerankers_are_computed_as_before(both, name):
 def test_sequences_with_caches_of_their_own_are_computed_as_before(kv_unified):
     model = Model(gguf_path("tiny-qwen3"))
     ids = [model.vocab.tokenize(text)[:50] for text in TEXTS[:10]]
-    scheduler = Scheduler(model, n_contexts=1, pack_tokens=256, n_ctx=1024, n_batch=256,
-                          n_seq_max=7, n_threads=1, kv_unified=kv_unified)
+    scheduler = Scheduler(
+        model,
+        n_contexts=1,
+        pack_tokens=256,
+        n_ctx=1024,
+        n_batch=256,
+        n_seq_max=7,
+        n_threads=1,
+        kv_unified=kv_unified,
+    )
     try:
         job = scheduler.job(Tokenization(model.vocab, limit=64), len(ids))
         job.add(ids)
@@ -165,8 +182,7 @@ def test_texts_are_computed_again_headless_after_a_fault(kind):
 @pytest.mark.parametrize("pooling", ["LAST", "MEAN", "CLS"])
 def test_a_text_with_nan_fails_alone(tmp_path, pooling):
     source = gguf_path("tiny-qwen3")
-    tensor = next(
-        one for one in gguf.GGUFReader(source).tensors if one.name == "token_embd.weight")
+    tensor = next(one for one in gguf.GGUFReader(source).tensors if one.name == "token_embd.weight")
     weights = gguf.dequantize(tensor.data, tensor.tensor_type).copy()
     with Llama(source) as llama:
         bad = llama.model.vocab.tokenize("crab")[0]
