@@ -75,7 +75,8 @@ cdef class Context:
 
     def __init__(self, Model model not None, *, int n_ctx=0, int n_batch=0, int n_ubatch=0,
                  int n_seq_max=1, int n_threads=0, pooling_type=PoolingType.UNSPECIFIED,
-                 flash_attn="auto", bint kv_unified=True, bint offload_kqv=True):
+                 flash_attn="auto", bint kv_unified=True, bint offload_kqv=True,
+                 bint _headless=False):
         model_handle = model.handle()
         pooling = _choose_pooling(model, pooling_type)
         n_ctx = n_ctx or model.n_ctx_train
@@ -108,7 +109,7 @@ cdef class Context:
         params.no_perf = True
         params.kv_unified = kv_unified
 
-        cdef _ContextHandle handle = _make_context(model, model_handle, params)
+        cdef _ContextHandle handle = _make_context(model, model_handle, params, _headless)
         self._vocab = model.vocab
         self.pooling_type = pooling
         self.n_out = model.n_cls_out if pooling == PoolingType.RANK else model.n_embd_out
@@ -362,14 +363,14 @@ cdef int _flash_attn_value(Model model, flash_attn) except? -2:
 
 
 cdef _ContextHandle _make_context(Model model, _ModelHandle model_handle,
-                                  c.llama_context_params params):
+                                  c.llama_context_params params, cbool headless):
     cdef _ContextHandle handle = _ContextHandle()
     handle.model = model_handle
     sync_log_level()
     native.log_take_errors()
     try:
         with nogil:
-            handle.ptr = native.decoder.make(model_handle.ptr, params).release()
+            handle.ptr = native.decoder.make(model_handle.ptr, params, headless).release()
     except MemoryError:
         handle.ptr = NULL
     if handle.ptr != NULL:

@@ -188,6 +188,7 @@ cdef extern from "native/decoder.hpp" namespace "llamacrab" nogil:
         no_memory
         throws
         not_finite
+        no_hidden_rows
 
     cppclass token_batch:
         token_batch(int32_t capacity) except +
@@ -200,12 +201,16 @@ cdef extern from "native/decoder.hpp" namespace "llamacrab" nogil:
 
     cppclass decoder:
         @staticmethod
-        unique_ptr[decoder] make(llama_model *model, llama_context_params params) except +
+        unique_ptr[decoder] make(llama_model *model, llama_context_params params,
+                                 cbool headless) except +
         llama_context *context()
         failure decode(const token_batch &batch) except +
         const float *sequence_row(int32_t seq_id) except +
         const float *token_row(int32_t index) except +
         void clear_memory() except +
+        int64_t n_headless
+        int64_t n_heads
+        cbool watch_heads
 
 
 cdef extern from "native/scheduler.hpp" namespace "llamacrab" nogil:

@@ -64,6 +64,8 @@ class _Replica:
 cdef tuple _make_contexts(list replicas):
     """Return the contexts of all replicas, and the tokens per pack of each."""
     contexts, pack_tokens = [], []
+    # Only rows are wanted, so decoders need no LM head. For doubters there is a way back.
+    headless = os.environ.get("LLAMACRAB_HEADLESS") != "0"
     # llama.cpp gives these warnings for every context; _diagnostics.py gives them once.
     native.log_context_warnings(False)
     try:
@@ -71,7 +73,8 @@ cdef tuple _make_contexts(list replicas):
         for turn in range(max(replica.n_contexts for replica in replicas)):
             for replica in replicas:
                 if turn < replica.n_contexts:
-                    contexts.append(Context(replica.model, **replica.context_params))
+                    contexts.append(
+                        Context(replica.model, _headless=headless, **replica.context_params))
                     pack_tokens.append(replica.pack_tokens)
     finally:
         native.log_context_warnings(True)
@@ -332,9 +335,23 @@ cdef class Scheduler:
             "no_memory": <int>native.fault_kind.no_memory,
             "throws": <int>native.fault_kind.throws,
             "not_finite": <int>native.fault_kind.not_finite,
+            "no_hidden_rows": <int>native.fault_kind.no_hidden_rows,
         }
         cdef int value = kinds[kind]
         self.handle().ptr.inject(<native.fault_kind>value, after, times)
+
+    def _count_heads(self):
+        """For tests: graphs cut off before the LM head, and how many of them computed it too.
+
+        The latter are counted from the first call on.
+        """
+        cdef Context context
+        cdef int64_t n_headless = 0, n_heads = 0
+        for context in self.handle().contexts:
+            n_headless += context._handle.ptr.n_headless
+            n_heads += context._handle.ptr.n_heads
+            context._handle.ptr.watch_heads = True
+        return n_headless, n_heads
 
 
 cdef dict _record(native.pack_record one):

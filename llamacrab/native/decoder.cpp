@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <cstring>
 #include <new>
 #include <optional>
 #include <stdexcept>
@@ -75,35 +76,81 @@ float scale_of(const float * row, const job & j, double l2) {
     return 1;
 }
 
+// Architectures whose graph ends in the tensor `result_norm`, which has the rows that are pooled,
+// and the LM head, and whose memory takes a ubatch in the order of its tokens. (Read in
+// src/models/*.cpp of llama.cpp. Encoders, gemma-embedding and llama-embed have no head; lfm2
+// leaves it out by itself.)
+constexpr const char * headless_architectures[] = {
+    "gemma", "gemma2", "gemma3", "llama", "mistral3", "olmo2", "phi3", "qwen2", "qwen3", "smollm3",
+};
+
+std::string metadata(const llama_model * model, const std::string & key) {
+    char value[64] = "";
+    llama_model_meta_val_str(model, key.c_str(), value, sizeof value);
+    return value;
+}
+
+bool may_go_headless(const llama_model * model, const llama_context_params & params) {
+    const std::string arch = metadata(model, "general.architecture");
+    const auto begin = std::begin(headless_architectures), end = std::end(headless_architectures);
+    if (std::find(begin, end, arch) == end || !params.kv_unified) {
+        return false;
+    }
+    // Dense layers come after pooling.
+    if (!metadata(model, arch + ".dense_2_feat_out").empty() ||
+        !metadata(model, arch + ".dense_3_feat_out").empty() ||
+        llama_model_n_embd_out(model) != llama_model_n_embd(model)) {
+        return false;
+    }
+    switch (params.pooling_type) {
+        case LLAMA_POOLING_TYPE_NONE:
+        case LLAMA_POOLING_TYPE_MEAN:
+        case LLAMA_POOLING_TYPE_CLS:
+        case LLAMA_POOLING_TYPE_LAST: return true;
+        default: return false;
+    }
+}
+
 }  // namespace
 
-void token_batch::add(const int32_t * ids, int32_t n_tokens, int32_t first_pos, int32_t seq_id) {
+void token_batch::add(const int32_t * ids, int32_t n_tokens, int32_t first_pos, int32_t seq_id,
+                      output_tokens outputs) {
     for (int32_t i = 0; i < n_tokens; ++i) {
         const int32_t at = batch.n_tokens++;
         batch.token[at] = ids[i];
         batch.pos[at] = first_pos + i;
         batch.n_seq_id[at] = 1;
         batch.seq_id[at][0] = seq_id;
-        batch.logits[at] = 1;  // llama.cpp requires every token as an output for embeddings
+        // With `embeddings`, llama.cpp requires every token as an output.
+        batch.logits[at] = outputs == output_tokens::all ||
+                           (outputs == output_tokens::first && i == 0) ||
+                           (outputs == output_tokens::last && i == n_tokens - 1);
     }
 }
 
 // ------------------------------------------------------------------------------------- context
 
-std::unique_ptr<decoder> decoder::make(llama_model * model, llama_context_params params) {
-    std::unique_ptr<llama_context, decltype(&llama_free)> context(make_context(model, params),
-                                                                  llama_free);
-    if (!context) {
+std::unique_ptr<decoder> decoder::make(llama_model * model, llama_context_params params,
+                                       bool headless) {
+    std::unique_ptr<decoder> made(new decoder(model, params));
+    if (headless && may_go_headless(model, params)) {
+        made->headless = true;
+        made->params_with_head = params;
+        made->params.embeddings = false;
+        made->params.cb_eval_user_data = made.get();
+        made->params.cb_eval = [](ggml_tensor * tensor, bool ask, void * data) {
+            return static_cast<decoder *>(data)->take_rows(tensor, ask);
+        };
+        if (made->wanted_outputs() != output_tokens::all) {
+            made->params.n_outputs_max = params.n_seq_max;
+        }
+    }
+    made->ctx = make_context(model, made->params);
+    if (!made->ctx) {
         return nullptr;
     }
-    std::unique_ptr<decoder> made(new decoder(model, context.get(), params));
-    context.release();
+    made->watch_abort();
     return made;
-}
-
-decoder::decoder(llama_model * model, llama_context * context, llama_context_params params)
-    : model(model), ctx(context), params(params) {
-    watch_abort();
 }
 
 decoder::~decoder() { llama_free(ctx); }
@@ -130,6 +177,21 @@ void decoder::renew() noexcept {
     } catch (...) {
         // If there was no memory for the pack, there may be none for a context.
     }
+}
+
+// Replace a headless context by one that computes the LM head, for good.
+void decoder::compute_heads_from_now_on() {
+    llama_context * fresh = make_context(model, params_with_head);
+    if (!fresh) {
+        throw std::bad_alloc();
+    }
+    llama_free(ctx);
+    ctx = fresh;
+    params = params_with_head;
+    headless = false;
+    shared.clear();
+    tainted = true;
+    watch_abort();
 }
 
 // ------------------------------------------------------------------------------------- decoding
@@ -193,8 +255,15 @@ void decoder::compute(token_batch & batch, const item * const * texts, size_t n_
             case fault_kind::throws: throw std::runtime_error("injected");
             case fault_kind::no_memory: throw std::bad_alloc();
             case fault_kind::decode_error: return -3;
-            default: return decode_texts(batch, texts, n_texts);
+            default: break;
         }
+        refused = headless && fault == fault_kind::no_hidden_rows;
+        const int32_t code = refused ? 0 : decode_texts(batch, texts, n_texts);
+        if (code || !refused) {
+            return code;
+        }
+        compute_heads_from_now_on();
+        return decode_texts(batch, texts, n_texts);
     });
     seconds.decoding += seconds_since(started);
     if (decoded.kind != failure_kind::none) {
@@ -228,9 +297,76 @@ int32_t decoder::decode_texts(token_batch & batch, const item * const * texts, s
     for (size_t k = 0; k < n_texts; ++k) {
         const item & text = *texts[k];
         batch.add(text.ids() + text.n_shared, text.n_tokens - text.n_shared, text.n_shared,
-                  int32_t(k));
+                  int32_t(k), wanted_outputs());
     }
-    return llama_decode(ctx, batch.batch);
+    return decode_batch(batch);
+}
+
+// Decode a batch. If the LM head is left out, `hidden` has its rows then, or `refused` is set.
+// Returns the result of llama_decode.
+int32_t decoder::decode_batch(const token_batch & batch) {
+    if (!headless) {
+        return llama_decode(ctx, batch.batch);
+    }
+    n_hidden = 0;
+    // Each call is one ubatch, which must be one graph with as many rows as it has outputs. So
+    // llama.cpp has not split it in another way, and the rows are in order.
+    const auto n_ubatch = int32_t(llama_n_ubatch(ctx));
+    for (int32_t first = 0; first < batch.n_tokens() && !refused; first += n_ubatch) {
+        llama_batch part = batch.batch;
+        part.n_tokens = std::min(n_ubatch, batch.n_tokens() - first);
+        part.token += first;
+        part.pos += first;
+        part.n_seq_id += first;
+        part.seq_id += first;
+        part.logits += first;
+        n_expected = std::count(part.logits, part.logits + part.n_tokens, 1);
+        hidden.resize((n_hidden + n_expected) * llama_model_n_embd(model));
+        taken = false;
+        if (const int32_t code = llama_decode(ctx, part)) {
+            return code;
+        }
+        refused |= !taken;
+    }
+    return 0;
+}
+
+// llama.cpp asks this about each node of a graph (`ask`), and calls it with the ones that it wanted
+// after they were computed. Returns false to end the graph.
+bool decoder::take_rows(ggml_tensor * tensor, bool ask) {
+    const bool is_logits = std::strcmp(tensor->name, "result_output") == 0;
+    constexpr float mark = 12345;
+    if (ask && !taken) {
+        return std::strcmp(tensor->name, "result_norm") == 0;
+    }
+    if (ask) {
+        // Only the part of the graph on one device has ended. Devices skip nodes without this flag.
+        tensor->flags &= ~GGML_TENSOR_FLAG_COMPUTE;
+        if (!watch_heads || !is_logits || ggml_is_empty(tensor)) {
+            return false;
+        }
+        ggml_backend_tensor_set(tensor, &mark, 0, sizeof mark);
+        return true;
+    }
+    if (taken && is_logits) {
+        float first = 0;
+        ggml_backend_tensor_get(tensor, &first, 0, sizeof first);
+        n_heads += first != mark;
+        return true;
+    }
+    const int64_t width = llama_model_n_embd(model);
+    if (taken || tensor->type != GGML_TYPE_F32 || !ggml_is_contiguous(tensor) ||
+        tensor->ne[0] != width || ggml_nelements(tensor) != width * n_expected) {
+        refused = true;
+        return true;
+    }
+    if (n_expected) {
+        ggml_backend_tensor_get(tensor, hidden.data() + n_hidden * width, 0, ggml_nbytes(tensor));
+    }
+    n_hidden += n_expected;
+    n_headless += 1;
+    taken = true;
+    return false;
 }
 
 // Remove the texts of the last pack from the memory of a causal model. If the texts of this pack
@@ -256,8 +392,9 @@ int32_t decoder::prepare_memory(token_batch & batch, const item * const * texts,
         shared.clear();
         if (!wanted.empty()) {
             batch.clear();
-            batch.add(wanted.data(), int32_t(wanted.size()), 0, prefix_seq_id);
-            if (const int32_t code = llama_decode(ctx, batch.batch)) {
+            batch.add(wanted.data(), int32_t(wanted.size()), 0, prefix_seq_id,
+                      headless ? output_tokens::none : output_tokens::all);
+            if (const int32_t code = decode_batch(batch)) {
                 return code;
             }
             shared = wanted;
@@ -276,12 +413,50 @@ int32_t decoder::prepare_memory(token_batch & batch, const item * const * texts,
     return 0;
 }
 
+// The tokens of a text whose rows pooling needs.
+output_tokens decoder::wanted_outputs() const {
+    if (headless && params.pooling_type == LLAMA_POOLING_TYPE_LAST) {
+        return output_tokens::last;
+    }
+    if (headless && params.pooling_type == LLAMA_POOLING_TYPE_CLS) {
+        return output_tokens::first;
+    }
+    return output_tokens::all;
+}
+
+// The k-th row of a text, or null.
+const float * decoder::row_of(const item & text, int32_t seq_id, int32_t first_token, int32_t k) {
+    if (!headless) {
+        return text.n_rows ? token_row(first_token + k) : sequence_row(seq_id);
+    }
+    const auto width = size_t(llama_model_n_embd(model));
+    const size_t first = wanted_outputs() == output_tokens::all ? first_token + k : seq_id;
+    const size_t n_rows = params.pooling_type == LLAMA_POOLING_TYPE_MEAN ? text.n_tokens : 1;
+    if (first + n_rows > n_hidden) {
+        return nullptr;
+    }
+    const float * row = hidden.data() + first * width;
+    if (n_rows == 1) {
+        return row;
+    }
+    mean.assign(row, row + width);
+    for (size_t i = 1; i < n_rows; ++i) {
+        for (size_t column = 0; column < width; ++column) {
+            mean[column] += row[i * width + column];
+        }
+    }
+    for (float & value : mean) {
+        value /= float(n_rows);
+    }
+    return mean.data();
+}
+
 // Check the rows of a text, normalize them, and write them to their place.
-failure decoder::copy_rows(const item & text, int32_t seq_id, int32_t first_token) const {
+failure decoder::copy_rows(const item & text, int32_t seq_id, int32_t first_token) {
     const job & j = *text.owner;
     const int32_t n_rows = std::max(text.n_rows, 1);
     for (int32_t k = 0; k < n_rows; ++k) {
-        const float * row = text.n_rows ? token_row(first_token + k) : sequence_row(seq_id);
+        const float * row = row_of(text, seq_id, first_token, k);
         if (!row) {
             return make_failure(failure_kind::decode, 0, "llama.cpp has no row for this text");
         }
