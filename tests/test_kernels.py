@@ -85,6 +85,8 @@ def test_products_of_quantized_weights(type, rows, k, m):
 @pytest.mark.parametrize("k", [2, 33, 254, 256, 257, 258, 512, 770])
 def test_products_of_any_number_of_blocks(k):
     type = F16 if k % 2 else BF16
+    if k % 2 and _core.kernels() == "avx512_bf16":
+        pytest.skip("these kernels multiply pairs of bf16")
     for fused in ({}, {"bias": True, "act": GELU}, {"residual": True, "norm": "layer"}):
         few = 20 if k < 8 else 1
         assert check("linear", rows=15, k=k, m=70, type=type, **fused) < few * BF16_LOSS

@@ -91,6 +91,10 @@ _KERNEL_ARCHS = frozenset({
 })
 
 
+# Types whose products lose nothing where the CPU multiplies bf16, or less than with ggml: f32 stays
+# f32, and ggml rounds the activations of q8_0 to 8 bits.
+_EXACT_IN_BF16 = frozenset({c.GGML_TYPE_F32, c.GGML_TYPE_BF16, c.GGML_TYPE_Q8_0})
+
 # Quantized weights grow when they are packed: 16 bits each. Up to this size of the matrices in the
 # file that is a fair price for the speed.
 cdef int64_t _MAX_EXPANDED_BYTES = 1 << 30
@@ -112,6 +116,8 @@ cdef str _doubt_about_kernels(const c.gguf_context *header):
         if not native.can_pack(kind):
             # ggml would compute these, and data would go back and forth.
             return f"the kernels do not multiply {c.ggml_type_name(kind).decode()}"
+        if kernels() == "avx512_bf16" and kind not in _EXACT_IN_BF16:
+            return f"the kernels would round {c.ggml_type_name(kind).decode()} to bf16"
         if kind not in (c.GGML_TYPE_F32, c.GGML_TYPE_F16, c.GGML_TYPE_BF16):
             quantized_bytes += c.gguf_get_tensor_size(header, i)
     if quantized_bytes > _MAX_EXPANDED_BYTES:

@@ -167,6 +167,7 @@ cdef extern from "ggml.h" nogil:
     enum ggml_type:
         GGML_TYPE_F32
         GGML_TYPE_F16
+        GGML_TYPE_Q8_0
         GGML_TYPE_BF16
         GGML_TYPE_I8
         GGML_TYPE_F64
