@@ -6,55 +6,34 @@
 
 namespace llamacrab::kernels {
 
-#if !defined(LLAMACRAB_X86_KERNELS)
-const kernel_table * avx2_kernels() { return nullptr; }
-const kernel_table * avx2_vnni_kernels() { return nullptr; }
-const kernel_table * avx512_vnni_kernels() { return nullptr; }
-const kernel_table * avx512_bf16_kernels() { return nullptr; }
-#endif
-
-static bool cpu_has_avx2() {
 #if defined(LLAMACRAB_X86_KERNELS)
+static bool cpu_has_avx2() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
            __builtin_cpu_supports("f16c");
-#else
-    return false;
-#endif
 }
 
-static bool cpu_has_avx_vnni() {
-#if defined(LLAMACRAB_X86_KERNELS)
-    return cpu_has_avx2() && __builtin_cpu_supports("avxvnni");
-#else
-    return false;
-#endif
-}
+static bool cpu_has_avx2_vnni() { return cpu_has_avx2() && __builtin_cpu_supports("avxvnni"); }
 
 static bool cpu_has_avx512_vnni() {
-#if defined(LLAMACRAB_X86_KERNELS)
     return cpu_has_avx2() && __builtin_cpu_supports("avx512f") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
-#else
-    return false;
-#endif
 }
 
 static bool cpu_has_avx512_bf16() {
-#if defined(LLAMACRAB_X86_KERNELS)
     return cpu_has_avx512_vnni() && __builtin_cpu_supports("avx512bf16");
-#else
-    return false;
-#endif
 }
+#endif
 
 static const kernel_table & select_kernels() {
     const kernel_table * usable[] = {
-        // the fastest first
+// the fastest first
+#if defined(LLAMACRAB_X86_KERNELS)
         cpu_has_avx512_bf16() ? avx512_bf16_kernels() : nullptr,
         cpu_has_avx512_vnni() ? avx512_vnni_kernels() : nullptr,
-        cpu_has_avx_vnni() ? avx2_vnni_kernels() : nullptr,
+        cpu_has_avx2_vnni() ? avx2_vnni_kernels() : nullptr,
         cpu_has_avx2() ? avx2_kernels() : nullptr,
+#endif
         generic_kernels(),
     };
     const char * wanted = std::getenv("LLAMACRAB_KERNELS");

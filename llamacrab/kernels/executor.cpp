@@ -21,19 +21,19 @@ step_data executor::data_of(const step & s) const {
     d.x = operand_data(s.x, s.x_type);
     d.k = operand_data(s.k, s.x_type);
     d.v = operand_data(s.v, s.x_type);
-    if (s.f32_slot != no_slot) {
-        d.y = (float *) slot_data(s.f32_slot);
+    if (s.slots.has(data_type::f32)) {
+        d.y = (float *) slot_data(s.slots[data_type::f32]);
     } else if (s.write_f32) {
         d.y = (float *) s.out->data;
     }
-    if (s.bf16_slot != no_slot) {
-        d.y_bf16 = (uint16_t *) slot_data(s.bf16_slot);
+    if (s.slots.has(data_type::bf16)) {
+        d.y_bf16 = (uint16_t *) slot_data(s.slots[data_type::bf16]);
     }
-    if (s.int16_slot != no_slot) {
-        d.y_int16 = (int16_t *) slot_data(s.int16_slot);
+    if (s.slots.has(data_type::int16)) {
+        d.y_int16 = (int16_t *) slot_data(s.slots[data_type::int16]);
     }
-    if (s.int8_slot != no_slot) {
-        char * rows = slot_data(s.int8_slot);
+    if (s.slots.has(data_type::int8)) {
+        char * rows = slot_data(s.slots[data_type::int8]);
         d.y_int8 = (uint8_t *) rows;
         d.y_scale = (float *) (rows + int8_scales_offset(int8_row_bytes(s.out), ggml_nrows(s.out)));
     }
@@ -61,8 +61,8 @@ ggml_status executor::run(const ggml_cgraph * graph) {
             return GGML_STATUS_ABORTED;
         }
         run_step(s);
-        if (s.write_f32 && s.f32_slot != no_slot) {
-            std::memcpy(s.out->data, slot_data(s.f32_slot), ggml_nbytes(s.out));
+        if (s.write_f32 && s.slots.has(data_type::f32)) {
+            std::memcpy(s.out->data, slot_data(s.slots[data_type::f32]), ggml_nbytes(s.out));
         }
     }
     return GGML_STATUS_SUCCESS;

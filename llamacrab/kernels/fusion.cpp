@@ -42,7 +42,7 @@ static bool is_norm(const ggml_tensor * t) {
 
 static const ggml_tensor * base_of(const ggml_tensor * t) { return t->view_src ? t->view_src : t; }
 
-size_t int8_row_bytes(const ggml_tensor * t) { return (t->ne[0] + 7) / 8 * 8; }
+size_t int8_row_bytes(const ggml_tensor * t) { return int8_padded((int) t->ne[0]); }
 
 size_t int8_scales_offset(size_t row_bytes, int64_t n_rows) {
     return (row_bytes * n_rows + 63) / 64 * 64;
@@ -71,10 +71,8 @@ class planner {
         int n_local_uses = 0;        // by nodes of this graph, which may be a part of a larger one
         int producer = -1;           // the step that computes it
         bool needed_as_f32 = false;  // in its own memory
-        int slots[4] = {no_slot, no_slot, no_slot, no_slot};  // of each data_type
+        slots_by_type slots;
         const ggml_tensor * copy_of = nullptr;  // the copy is left out: readers read this instead
-
-        int & slot_of(data_type type) { return slots[(int) type]; }
     };
 
     const ggml_tensor * node_at(int i) const { return graph->nodes[i]; }
@@ -180,7 +178,7 @@ static bool is_integer(data_type type) {
 bool planner::find_slot(const ggml_tensor * t, data_type type, operand & from) {
     const ggml_tensor * base = base_of(t);
     tensor_info & known = info[base];
-    int & slot = known.slot_of(type);
+    int & slot = known.slots[type];
     if (slot == no_slot && known.producer >= 0 && ggml_is_contiguous(base)) {
         step & s = result.steps[known.producer];
         const bool by_rows = s.kind == step_kind::norm || s.kind == step_kind::linear;
@@ -188,7 +186,7 @@ bool planner::find_slot(const ggml_tensor * t, data_type type, operand & from) {
         const bool any_floats = by_rows || s.kind == step_kind::attention ||
                                 s.kind == step_kind::gate || s.kind == step_kind::rope;
         if (is_integer(type) ? whole_integers : any_floats) {
-            slot = s.slot_of(type) = new_slot(slot_bytes(base, type), known.producer);
+            slot = s.slots[type] = new_slot(slot_bytes(base, type), known.producer);
         }
     }
     if (slot == no_slot) {
@@ -210,11 +208,11 @@ operand planner::convert(const ggml_tensor * t, data_type type) {
     s.x.tensor = t;
     s.x_type = type;
     const int slot = new_slot(slot_bytes(t, type), (int) result.steps.size());
-    s.slot_of(type) = slot;
+    s.slots[type] = slot;
     result.steps.push_back(s);  // not by add(): the tensor already has a producer
     if (dense && !t->view_src && type != data_type::f32) {
         // The next reader may use it too.
-        info[t].slot_of(type) = slot;
+        info[t].slots[type] = slot;
     }
     return {t, slot, 0, !dense};
 }
@@ -503,19 +501,17 @@ void planner::count_uses() {
 void planner::choose_writes() {
     for (step & s : result.steps) {
         s.write_f32 = s.kind != step_kind::convert && s.kind != step_kind::gather &&
-                      (info[base_of(s.out)].needed_as_f32 || !s.writes_slot());
+                      (info[base_of(s.out)].needed_as_f32 || !s.slots.any());
     }
 }
 
 plan planner::make() {
     count_uses();
     // Attention is as exact as the products around it.
-    for (int i = 0; i < graph->n_nodes; i++) {
+    for (int i = 0; active_kernels().has_bf16() && i < graph->n_nodes; i++) {
         const ggml_tensor *node = node_at(i), *w = node->src[0];
         if (node->op == GGML_OP_MUL_MAT && is_packed_weight(w) &&
-            (layout_of(w) == weight_layout::bf16_panels ||
-             (layout_of(w) == weight_layout::int8_panels &&
-              active_kernels().usual_layout == weight_layout::bf16_panels))) {
+            layout_of(w) != weight_layout::f32_panels) {
             attention_type = data_type::bf16;
         }
     }

@@ -39,6 +39,20 @@ struct slot {
 size_t int8_row_bytes(const ggml_tensor * t);
 size_t int8_scales_offset(size_t row_bytes, int64_t n_rows);
 
+// The slots of one tensor.
+class slots_by_type {
+    int numbers[4] = {no_slot, no_slot, no_slot, no_slot};
+
+  public:
+    int & operator[](data_type type) { return numbers[(int) type]; }
+    int operator[](data_type type) const { return numbers[(int) type]; }
+    bool has(data_type type) const { return (*this)[type] != no_slot; }
+    bool any() const {
+        return has(data_type::f32) || has(data_type::bf16) || has(data_type::int16) ||
+               has(data_type::int8);
+    }
+};
+
 // Where a step reads a matrix: in a slot, or in the memory of a tensor.
 struct operand {
     const ggml_tensor * tensor = nullptr;
@@ -53,10 +67,7 @@ struct step {
     const ggml_tensor * node;  // the first node
     const ggml_tensor * out;   // the last node: what the step computes
     bool write_f32 = false;    // write the result to the memory of `out`
-    int f32_slot = no_slot;    // and to these slots
-    int bf16_slot = no_slot;
-    int int16_slot = no_slot;
-    int int8_slot = no_slot;
+    slots_by_type slots;       // and to these
 
     operand x, k, v;  // k, v: attention only
     data_type x_type = data_type::f32;
@@ -69,20 +80,7 @@ struct step {
     const ggml_tensor * norm_bias = nullptr;
 
     // Whether a product must be complete before the rest of the step can follow.
-    bool has_tail() const { return residual || norm || int8_slot != no_slot; }
-
-    int & slot_of(data_type type) {
-        switch (type) {
-            case data_type::f32: return f32_slot;
-            case data_type::bf16: return bf16_slot;
-            case data_type::int16: return int16_slot;
-            default: return int8_slot;
-        }
-    }
-    bool writes_slot() const {
-        return f32_slot != no_slot || bf16_slot != no_slot || int16_slot != no_slot ||
-               int8_slot != no_slot;
-    }
+    bool has_tail() const { return residual || norm || slots.has(data_type::int8); }
 };
 
 struct plan {

@@ -39,10 +39,16 @@ constexpr int int16_padded(int k) { return (k + 1) / 2 * 2; }
 constexpr int int16_blocks(int k) { return (k + int16_block - 1) / int16_block; }
 // Elements from a row of activations to the next, with the scales.
 constexpr int int16_row(int k) { return int16_padded(k) + 2 * int16_blocks(k); }
+constexpr size_t int16_panel_bytes(int k) {
+    return (size_t) panel_width *
+           (int16_padded(k) * sizeof(int16_t) + int16_blocks(k) * sizeof(float));
+}
 
 // Products of bytes without VNNI are summed in int16, four at a time. Then activations are in
 // 0 .. 127, and the absolute values of four weights sum to at most int8_weight_sum.
 constexpr int int8_weight_sum = INT16_MAX / 127;
+
+constexpr int int8_padded(int k) { return (k + 7) / 8 * 8; }
 
 // The most columns of a row that is normed or quantized: meanwhile the row lies on the stack.
 constexpr int widest_row = 8192;
@@ -133,11 +139,14 @@ struct kernel_table {
     // y = act(a) * b, or act(a) if b is null
     void (*gate)(activation, const float * a, const float * b, float * y, uint16_t * y_bf16,
                  int64_t n);
+
+    bool has_bf16() const { return usual_layout == weight_layout::bf16_panels; }
 };
 
-const kernel_table * generic_kernels();    // for any CPU
-const kernel_table * avx2_kernels();       // null if the compiler has no such target
-const kernel_table * avx2_vnni_kernels();  // likewise, as the next
+const kernel_table * generic_kernels();  // for any CPU
+// These exist where the compiler has x86 targets.
+const kernel_table * avx2_kernels();
+const kernel_table * avx2_vnni_kernels();
 const kernel_table * avx512_vnni_kernels();
 const kernel_table * avx512_bf16_kernels();
 

@@ -108,7 +108,7 @@ static int block_rows(const step & s, const linear_args & a, int n_rows, int n_t
         const int fit = (int) (l2_bytes() / 2 / (a.m * sizeof(float)));
         block = std::max(24, std::min(block, fit / 12 * 12));
     }
-    if (!s.has_tail() && s.int16_slot == no_slot) {
+    if (!s.has_tail() && !s.slots.has(data_type::int16)) {
         block *= std::max(1, max_block_bytes / (2 * a.k * rows_per_block));
     }
     if (n_threads > 1) {

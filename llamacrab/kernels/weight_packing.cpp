@@ -56,13 +56,9 @@ weight_layout choose_layout(const ggml_tensor * w, bool allow_int8) {
     if (w->type == GGML_TYPE_F32) {
         return weight_layout::f32_panels;
     }
-    const weight_layout usual = active_kernels().usual_layout;
-    const bool needs_pairs = usual == weight_layout::bf16_panels;
-    return needs_pairs && w->ne[0] % 2 != 0 ? weight_layout::unpacked : usual;
-}
-
-static size_t int16_panel_bytes(int k) {
-    return (size_t) panel_width * (int16_padded(k) * 2 + int16_blocks(k) * sizeof(float));
+    const bool needs_pairs = active_kernels().has_bf16();
+    return needs_pairs && w->ne[0] % 2 != 0 ? weight_layout::unpacked
+                                            : active_kernels().usual_layout;
 }
 
 static size_t matrix_bytes(const ggml_tensor * w, weight_layout layout) {
@@ -70,7 +66,8 @@ static size_t matrix_bytes(const ggml_tensor * w, weight_layout layout) {
         case weight_layout::f32_panels: return panels(w) * panel_width * w->ne[0] * 4;
         case weight_layout::bf16_panels: return panels(w) * panel_width * round_up(w->ne[0], 2) * 2;
         case weight_layout::int16_panels: return panels(w) * int16_panel_bytes((int) w->ne[0]);
-        case weight_layout::int8_panels: return panels(w) * panel_width * round_up(w->ne[0], 8);
+        case weight_layout::int8_panels:
+            return panels(w) * panel_width * int8_padded((int) w->ne[0]);
         default: return ggml_nbytes(w);
     }
 }
@@ -140,16 +137,13 @@ static void pack_int16(const ggml_tensor * w, const float * row, int64_t column,
     }
 }
 
-static void unpack_int16(const ggml_tensor * w, const void * from, int64_t column, float * row) {
-    const int k = (int) w->ne[0];
-    for (int i = 0; i < k; i++) {
-        const int16_place place = place_of(k, column, i / int16_block);
-        const int at = i % int16_block;
-        const auto * pairs = (const int16_t *) ((const char *) from + place.pairs);
-        float scale;
-        std::memcpy(&scale, (const char *) from + place.scale, sizeof scale);
-        row[i] = pairs[at / 2 * 2 * panel_width + at % 2] * scale;
-    }
+static float int16_value(const void * from, int k, int64_t column, int i) {
+    const int16_place place = place_of(k, column, i / int16_block);
+    const auto * pairs = (const int16_t *) ((const char *) from + place.pairs);
+    float scale;
+    std::memcpy(&scale, (const char *) from + place.scale, sizeof scale);
+    const int at = i % int16_block;
+    return pairs[at / 2 * 2 * panel_width + at % 2] * scale;
 }
 
 // The scale of a column of bytes.
@@ -173,7 +167,7 @@ static float int8_scale(const float * row, int64_t k) {
 
 static void pack_int8(const ggml_tensor * w, float * row, int64_t column, void * to) {
     const int64_t k = w->ne[0];
-    const size_t padded_k = round_up(k, 8);
+    const size_t padded_k = int8_padded((int) k);
     rotate(row, (int) k);
     for (int64_t i = 0; i < k; i++) {
         row[i] /= rotation_of((int) k);  // activations are rotated without scaling
@@ -239,19 +233,18 @@ void unpack_rows(const ggml_tensor * w, weight_layout layout, const void * from,
     std::vector<float> row(k);
     for (int64_t m = row0; m < row1; m++) {
         const size_t panel = m / panel_width, place = m % panel_width;
-        if (layout == weight_layout::int16_panels) {
-            unpack_int16(w, from, m, row.data());
-        }
-        for (int64_t i = 0; i < k && layout != weight_layout::int16_panels; i++) {
-            if (layout == weight_layout::f32_panels) {
+        for (int64_t i = 0; i < k; i++) {
+            if (layout == weight_layout::int16_panels) {
+                row[i] = int16_value(from, (int) k, m, (int) i);
+            } else if (layout == weight_layout::f32_panels) {
                 row[i] = ((const float *) from)[panel * panel_width * k + i * panel_width + place];
             } else if (layout == weight_layout::bf16_panels) {
                 const size_t at = panel * panel_width * round_up(k, 2) + i / 2 * 2 * panel_width +
                                   place * 2 + i % 2;
                 row[i] = ggml_bf16_to_fp32({((const uint16_t *) from)[at]});
             } else {
-                const size_t at = panel * panel_width * round_up(k, 8) + i / 4 * 4 * panel_width +
-                                  place * 4 + i % 4;
+                const size_t at = panel * panel_width * int8_padded((int) k) +
+                                  i / 4 * 4 * panel_width + place * 4 + i % 4;
                 row[i] = ((const int8_t *) from)[at] * int8_scales(w, from)[m];
             }
         }

@@ -38,11 +38,9 @@ static int differ(const char * what, const std::vector<float> & found,
 // Pack columns of k weights as int16_panels describes.
 static std::vector<char> pack_int16(const std::vector<float> & w, int k, int m) {
     const int panels = (m + panel_width - 1) / panel_width;
-    const size_t panel_bytes =
-        (size_t) panel_width * (int16_padded(k) * 2 + int16_blocks(k) * sizeof(float));
-    std::vector<char> packed(panels * panel_bytes);
+    std::vector<char> packed(panels * int16_panel_bytes(k));
     for (int column = 0; column < m; column++) {
-        char * at = packed.data() + column / panel_width * panel_bytes;
+        char * at = packed.data() + column / panel_width * int16_panel_bytes(k);
         const int place = column % panel_width;
         for (int begin = 0; begin < k; begin += int16_block) {
             const int n = std::min(k - begin, int16_block);

@@ -8,8 +8,9 @@
 namespace {
 
 using llamacrab::kernels::activation;
-using llamacrab::kernels::int16_blocks;
+using llamacrab::kernels::int16_panel_bytes;
 using llamacrab::kernels::int16_row;
+using llamacrab::kernels::int8_padded;
 using llamacrab::kernels::linear_args;
 using llamacrab::kernels::panel_width;
 using llamacrab::kernels::weight_layout;
@@ -329,22 +330,21 @@ LC_INLINE void product(const linear_args & a, const char * panel, int row, float
 
 LC_INLINE size_t panel_bytes(weight_layout layout, int k) {
     switch (layout) {
-        case weight_layout::int8_panels: return (size_t) panel_width * ((k + 7) / 8 * 8);
-        case weight_layout::int16_panels:
-            return (size_t) panel_width * (int16_padded(k) * 2 + int16_blocks(k) * sizeof(float));
+        case weight_layout::int8_panels: return (size_t) panel_width * int8_padded(k);
+        case weight_layout::int16_panels: return int16_panel_bytes(k);
         case weight_layout::bf16_panels: return (size_t) panel_width * ((k + 1) / 2 * 2) * 2;
         default: return (size_t) panel_width * k * 4;
     }
 }
 
 // Products of a block of k: a block of a panel stays in L1 while it is multiplied with many rows.
-struct f32_block {
+struct f32_part {
     static constexpr int size = 192, tile = ::tile;
     const float *w, *x;
     size_t ldx;
     int k;
 
-    f32_block(const linear_args & a, const char * panel, int row, int begin)
+    f32_part(const linear_args & a, const char * panel, int row, int begin)
         : w((const float *) panel + (size_t) begin * panel_width),
           x((const float *) a.x + row * a.ldx + begin),
           ldx(a.ldx),
@@ -401,7 +401,7 @@ struct int8_part {
           ldx(a.ldx),
           k(a.k - begin < size ? a.k - begin : size) {}
 
-    const int8_t * end() const { return w + (size_t) (k + 7) / 8 * 8 * panel_width; }
+    const int8_t * end() const { return w + (size_t) int8_padded(k) * panel_width; }
 
     template <int NT>
     inline __attribute__((always_inline)) void multiply(int t, float * sums, bool begin) const {
@@ -524,7 +524,7 @@ LC_INLINE void linear_in_tiles(const linear_args & a, int row0, int row1) {
 
 static void linear(const linear_args & a, int row0, int row1) {
     switch (a.layout) {
-        case weight_layout::f32_panels: return linear_in_blocks<f32_block>(a, row0, row1);
+        case weight_layout::f32_panels: return linear_in_blocks<f32_part>(a, row0, row1);
         case weight_layout::int16_panels: return linear_in_blocks<int16_part>(a, row0, row1);
 #if defined(__AVX2__) && !defined(__AVX512F__)
         case weight_layout::int8_panels: return linear_in_blocks<int8_part>(a, row0, row1);
