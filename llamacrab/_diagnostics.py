@@ -38,7 +38,8 @@ def log_missing_gpu() -> None:
 def log_other_kernels() -> None:
     """Log once that ``LLAMACRAB_KERNELS`` names kernels that are not in use."""
     wanted, used = os.environ.get("LLAMACRAB_KERNELS"), kernels()
-    if wanted and used and wanted.replace("plain", "generic") != used:
+    former_names = {"plain": "generic"}
+    if wanted and used and former_names.get(wanted, wanted) != used:
         _logger.warning(
             "LLAMACRAB_KERNELS=%s names no kernels that this CPU runs: %s is in use", wanted, used
         )

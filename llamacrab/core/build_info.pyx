@@ -23,6 +23,11 @@ def kernels():
     return None if name == NULL else name.decode()
 
 
+def kernels_have_bf16():
+    """Return whether the kernel set multiplies bf16, and so rounds other types but f32 to it."""
+    return native.have_bf16()
+
+
 def kernels_have_int8():
     """Return whether the kernel set can multiply in 8 bits, for ``cpu_backend="int8"``."""
     return native.have_int8()

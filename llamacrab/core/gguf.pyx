@@ -116,7 +116,7 @@ cdef str _doubt_about_kernels(const c.gguf_context *header):
         if not native.can_pack(kind):
             # ggml would compute these, and data would go back and forth.
             return f"the kernels do not multiply {c.ggml_type_name(kind).decode()}"
-        if kernels() == "avx512_bf16" and kind not in _EXACT_IN_BF16:
+        if native.have_bf16() and kind not in _EXACT_IN_BF16:
             return f"the kernels would round {c.ggml_type_name(kind).decode()} to bf16"
         if kind not in (c.GGML_TYPE_F32, c.GGML_TYPE_F16, c.GGML_TYPE_BF16):
             quantized_bytes += c.gguf_get_tensor_size(header, i)

@@ -49,6 +49,7 @@ cdef extern from "kernels/kernels.hpp" namespace "llamacrab::kernels" nogil:
 
     const char *active_kernels "llamacrab::kernels::active_name"()
     cbool have_int8()
+    cbool have_bf16()
     cbool can_pack(int ggml_type)
     cbool prefer_kernels "llamacrab::kernels::preferred_over_ggml"()
     void install_kernels "llamacrab::kernels::install"() except +

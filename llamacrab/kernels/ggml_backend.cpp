@@ -43,7 +43,8 @@ int loading_for::n_int8_matrices() const { return int8_matrices() - int8_before;
 const char * active_name() { return active_kernels().name; }
 bool have_int8() { return active_kernels().int8; }
 bool can_pack(int type) { return is_packable((ggml_type) type); }
-bool preferred_over_ggml() { return std::strcmp(active_kernels().name, "generic") != 0; }
+bool have_bf16() { return active_kernels().has_bf16(); }
+bool preferred_over_ggml() { return &active_kernels() != generic_kernels(); }
 
 // ------------------------------------------------------------------------------------- buffers
 

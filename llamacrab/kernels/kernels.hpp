@@ -15,6 +15,9 @@ bool have_int8();
 // Whether they are faster than ggml's, so that a model should use them by default.
 bool preferred_over_ggml();
 
+// Whether they multiply bf16, and so round other types but f32 to it.
+bool have_bf16();
+
 // Whether they multiply matrices of a ggml_type.
 bool can_pack(int type);
 

@@ -7,6 +7,7 @@ namespace llamacrab::kernels {
 
 const char * active_name() { return nullptr; }
 bool have_int8() { return false; }
+bool have_bf16() { return false; }
 bool can_pack(int) { return false; }
 bool preferred_over_ggml() { return false; }
 void install() {}

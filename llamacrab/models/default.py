@@ -14,7 +14,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from llamacrab._core import kernels
+from llamacrab._core import kernels_have_bf16
 from llamacrab._support import fetch as _fetch
 from llamacrab.errors import FetchError
 from llamacrab.models.convert import convert
@@ -32,7 +32,7 @@ def default_outtype() -> str:
     A CPU that multiplies bf16 would round f16 to it. On all others both types are equally fast, and
     f16 is more exact.
     """
-    return "bf16" if kernels() == "avx512_bf16" else "f16"
+    return "bf16" if kernels_have_bf16() else "f16"
 
 
 def default_model_path(outtype: str | None = None) -> Path:
