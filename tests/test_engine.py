@@ -222,15 +222,15 @@ def test_queries_and_documents_get_their_prompts_however_they_are_embedded(load,
         np.testing.assert_allclose(got, llama.embed(whole), atol=1e-3)
 
 
-def test_a_future_of_a_reranking_gives_what_the_call_gives(load):
-    llama = load("tiny-bert-rank")
+def test_a_future_of_a_reranking_gives_what_the_call_gives():
     query, documents = "who eats crabs?", TEXTS[:12]
-    scores = llama.submit_rerank(query, documents, truncate=True).result(timeout=60)
-    np.testing.assert_allclose(scores, llama.rerank(query, documents, truncate=True), atol=0.02)
-    best = llama.submit_rerank(
-        query, iter(documents), top_k=3, return_documents=True, truncate=True
-    ).result(timeout=60)
-    # Other packs give slightly other scores, so two that are nearly equal may change places.
-    highest = np.sort(scores)[::-1][:3]
-    np.testing.assert_allclose(scores[[one.index for one in best]], highest, atol=0.02)
+    # Else scores differ a little with what shares a pack, and documents may change places.
+    with Llama(DATA / "tiny-bert-rank.gguf", deterministic=True) as llama:
+        scores = llama.submit_rerank(query, documents, truncate=True).result(timeout=60)
+        again = llama.rerank(query, documents, truncate=True)
+        best = llama.submit_rerank(
+            query, iter(documents), top_k=3, return_documents=True, truncate=True
+        ).result(timeout=60)
+    np.testing.assert_allclose(scores, again, atol=5e-3)
+    assert [one.index for one in best] == np.argsort(-scores, kind="stable")[:3].tolist()
     assert [one.document for one in best] == [documents[one.index] for one in best]

@@ -257,8 +257,9 @@ def test_products_in_8_bits_give_the_same_vectors_with_every_kernel_table():
         for name in KERNELS
     ]
     tables = {name: np.array(vectors) for name, vectors in tables}
-    for one, other in itertools.combinations(tables.values(), 2):
-        assert cosines(one, other).min() >= 0.996
+    for pair in itertools.combinations(tables, 2):
+        one, other = (tables[name] for name in pair)
+        assert cosines(one, other).min() >= (0.996 if "avx2" in pair else 0.998)  # 7 bits, or 8
 
 
 def test_the_generic_kernels_are_found_under_their_former_name():
