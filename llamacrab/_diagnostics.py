@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from llamacrab._core import Model
 
 _logger = logging.getLogger("llamacrab")
-# Warnings about a model have a logger of their own: the command line shows its records.
-_model_logger = logging.getLogger("llamacrab.diagnostics")
+# Warnings about models and settings have a logger of their own: the command line shows its records.
+_diagnostics_logger = logging.getLogger("llamacrab.diagnostics")
 
 # Only these contradict each other: NONE does not pool, and RANK uses the head.
 _POOLED = (PoolingType.MEAN, PoolingType.CLS, PoolingType.LAST)
@@ -40,7 +40,7 @@ def log_other_kernels() -> None:
     wanted, used = os.environ.get("LLAMACRAB_KERNELS"), kernels()
     former_names = {"plain": "generic"}
     if wanted and used and former_names.get(wanted, wanted) != used:
-        _logger.warning(
+        _diagnostics_logger.warning(
             "LLAMACRAB_KERNELS=%s names no kernels that this CPU runs: %s is in use", wanted, used
         )
 
@@ -48,7 +48,7 @@ def log_other_kernels() -> None:
 def log_context_warnings(model: Model, pooling_type: PoolingType, n_ctx: int) -> None:
     """Log a warning for each setting or key of a model that makes good embeddings unlikely."""
     for warning in _context_warnings(model, pooling_type, n_ctx):
-        _model_logger.warning("%s: %s", model.path, warning)
+        _diagnostics_logger.warning("%s: %s", model.path, warning)
 
 
 def _context_warnings(model: Model, pooling_type: PoolingType, n_ctx: int) -> Iterator[str]:
