@@ -16,6 +16,17 @@ from helpers import gguf_path
 from llamacrab import Llama, PoolingType
 from llamacrab._support import fetch as _fetch
 
+# Some tests compute with all CPUs, and each process loads its own models.
+MOST_PROCESSES = 4
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Return how many processes run the tests."""
+    return min(
+        MOST_PROCESSES,
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+    )
+
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
