@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
+import re
 
 import numpy as np
 import pytest
@@ -116,6 +116,18 @@ def test_attention_over_texts_of_every_length(length):
     assert check("attention", product_type=BF16, **graph) < BF16_LOSS
 
 
+@pytest.mark.parametrize("cache_type", [F32, F16])
+@pytest.mark.parametrize("prefix", [0, 1, 21])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (4, 1)])
+def test_attention_through_a_cache(heads, kv_heads, prefix, cache_type):
+    for d in (32, 80, 256):
+        graph = {"d": d, "heads": heads, "kv_heads": kv_heads, "prefix": prefix}
+        for lengths in ([1], [7, 20, 1, 70, 33], [130]):
+            off = check("cached_attention", cache_type=cache_type, lengths=lengths, **graph)
+            assert off < 1e-6  # for few queries ggml sums in f16
+    assert check("cached_attention", softcap=30, lengths=[40, 3], **graph) < 1e-6
+
+
 def test_attention_with_capped_scores():
     lengths = [7, 20, 1, 50]
     assert check("attention", d=64, heads=4, kv_heads=2, softcap=30, lengths=lengths) < 1e-8
@@ -191,7 +203,9 @@ def test_what_is_done_row_by_row(width):
 @pytest.mark.parametrize("neox", [False, True])
 def test_rotated_positions(neox):
     for d, dims in ((32, 32), (64, 64), (64, 32), (80, 20)):
-        assert check("rope", d=d, heads=4, tokens=10, dims=dims, neox=neox) < 1e-10
+        for extended in ({}, {"factors": True}, {"yarn": True}, {"factors": True, "yarn": True}):
+            graph = {"d": d, "heads": 4, "tokens": 10, "dims": dims, "neox": neox}
+            assert check("rope", **graph, **extended) < 1e-10
 
 
 def test_a_case_names_its_fields():
@@ -220,6 +234,8 @@ def test_every_kernel_table_that_this_cpu_runs(name):
     product = {"rows": 29, "k": 96, "m": 64, "bias": True, "residual": True, "norm": "layer"}
     gelu = {"rows": 29, "k": 96, "m": 70, "bias": True, "act": GELU}
     attention = {"d": 48, "heads": 4, "kv_heads": 2, "lengths": [7, 20, 1]}
+    cached = {"d": 48, "heads": 4, "kv_heads": 2, "prefix": 5, "lengths": [7, 20, 1]}
+    rope = {"d": 80, "heads": 3, "tokens": 9, "dims": 40}
     layer = {"width": 64, "heads": 4, "ff": 96, "gated": True, "rope": True, "lengths": [7, 20]}
     cases = [
         *(("linear", {**gelu, "type": type}) for type in TYPES),
@@ -231,6 +247,8 @@ def test_every_kernel_table_that_this_cpu_runs(name):
             for type in TYPES
         ),
         *(("layer", {**layer, "type": type}) for type in TYPES),
+        *(("cached_attention", {**cached, "cache_type": type}) for type in (F32, F16)),
+        *(("rope", {**rope, "neox": neox, "yarn": True}) for neox in (True, False)),
         ("norm", {"width": 100, "rows": 9, "residual": True}),
         ("pool", {"width": 33, "lengths": [4, 9]}),
     ]
@@ -360,17 +378,21 @@ def test_the_environment_variable_sets_what_auto_means(monkeypatch):
         assert llama.model.cpu_backend == "llamacrab"
 
 
-def test_auto_leaves_decoders_to_ggml():
-    with Llama(gguf_path("tiny-qwen3")) as llama:
-        assert llama.model.cpu_backend == "ggml"
-        if _core.kernels() != "generic" and "LLAMACRAB_CPU_BACKEND" not in os.environ:
-            assert llama.model.cpu_backend_reason == "the kernels compute only a part of qwen3"
+@pytest.mark.parametrize("backend", ["ggml", "llamacrab"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_graph_is_split_between_backends_no_more_than_it_must_be(name, backend, caplog):
+    # Ours leaves to ggml: the embeddings of the tokens, the LM head, and experts.
+    most = 1 if backend == "ggml" else 4 if name == "tiny-nomic-moe" else 3
+    with caplog.at_level("DEBUG"), Llama(gguf_path(name), cpu_backend=backend, n_contexts=1):
+        pass
+    assert [int(n) for n in re.findall(r"splits = (\d+)", caplog.text)][-1] <= most
 
 
-def test_auto_takes_encoders_where_the_kernels_are_not_the_generic_ones(monkeypatch):
+@pytest.mark.parametrize("name", FAMILIES)
+def test_auto_takes_the_kernels_where_they_are_not_the_generic_ones(name, monkeypatch):
     monkeypatch.delenv("LLAMACRAB_CPU_BACKEND", raising=False)
     fast = _core.kernels() != "generic"
-    with Llama(gguf_path("tiny-bert")) as llama:
+    with Llama(gguf_path(name)) as llama:
         assert llama.model.cpu_backend == ("llamacrab" if fast else "ggml")
         assert llama.model.cpu_backend_reason == (
             "faster on this CPU" if fast else "llamacrab has no fast kernels for this CPU"

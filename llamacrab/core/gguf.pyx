@@ -84,10 +84,11 @@ cdef dict _ffn_types(const c.gguf_context *header):
     return counts
 
 
-# Encoders whose graph the kernels compute completely, or except for a few small nodes.
+# Models whose graph the kernels compute completely, or except for a few small nodes.
 _KERNEL_ARCHS = frozenset({
     b"bert", b"nomic-bert", b"nomic-bert-moe", b"jina-bert-v2", b"jina-bert-v3", b"modern-bert",
-    b"neo-bert", b"eurobert",
+    b"neo-bert", b"eurobert", b"gemma-embedding", b"llama-embed", b"gemma2", b"gemma3", b"llama",
+    b"qwen2", b"qwen3",
 })
 
 

@@ -16,7 +16,7 @@ const void * executor::operand_data(const operand & from, data_type type) const 
     return slot_data(from.slot) + from.shift * (ptrdiff_t) size;
 }
 
-step_data executor::data_of(const step & s) const {
+step_data executor::data_of(const step & s) {
     step_data d{};
     d.x = operand_data(s.x, s.x_type);
     d.k = operand_data(s.k, s.x_type);
@@ -37,7 +37,21 @@ step_data executor::data_of(const step & s) const {
         d.y_int8 = (uint8_t *) rows;
         d.y_scale = (float *) (rows + int8_scales_offset(int8_row_bytes(s.out), ggml_nrows(s.out)));
     }
+    if (s.kind == step_kind::rope) {
+        d.angles = angles_of(s.node);
+    }
     return d;
+}
+
+// All layers rotate by the same angles.
+const float * executor::angles_of(const ggml_tensor * rope) {
+    for (const auto & known : known_angles) {
+        if (have_same_angles(known.first, rope)) {
+            return known.second.data();
+        }
+    }
+    known_angles.emplace_back(rope, rope_angles(rope));
+    return known_angles.back().second.data();
 }
 
 // All layers have the same mask: it is analysed once.
@@ -56,6 +70,7 @@ ggml_status executor::run(const ggml_cgraph * graph) {
     current = make_plan(graph);
     arena.reserve(current.arena_bytes);
     known_masks.clear();
+    known_angles.clear();
     for (const step & s : current.steps) {
         if (abort && abort(abort_data)) {
             return GGML_STATUS_ABORTED;
@@ -81,6 +96,7 @@ void executor::run_step(const step & s) {
         case step_kind::get_rows: return run_rows(s, run_get_rows);
         case step_kind::copy: return run_rows(s, run_copy);
         case step_kind::rope: return run_rows(s, run_rope);
+        case step_kind::set_rows: return run_rows(s, run_set_rows);
         case step_kind::convert: return run_rows(s, run_convert);
         case step_kind::gather: return run_rows(s, run_gather);
         case step_kind::pool: return run_rows(s, run_pool);
@@ -89,7 +105,8 @@ void executor::run_step(const step & s) {
 
 void executor::run_rows(const step & s, row_op op) {
     const step_data data = data_of(s);
-    const int rows = (int) ggml_nrows(s.out);
+    const bool scatters = s.kind == step_kind::set_rows;
+    const int rows = (int) ggml_nrows(scatters ? s.x.tensor : s.out);
     const int blocks = n_threads > 1 ? (rows + 15) / 16 : 1;
     threads.parallel_for(blocks, n_threads, [&](int i, int) {
         op(s, data, (int) ((int64_t) rows * i / blocks), (int) ((int64_t) rows * (i + 1) / blocks));

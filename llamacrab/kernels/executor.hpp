@@ -27,10 +27,11 @@ class executor {
     void run_step(const step & s);
     void run_rows(const step & s, row_op op);
 
-    step_data data_of(const step & s) const;
+    step_data data_of(const step & s);
     const void * operand_data(const operand & from, data_type type) const;
     char * slot_data(int slot) const;
     const std::vector<segment> & segments_of(const ggml_tensor * attention);
+    const float * angles_of(const ggml_tensor * rope);
 
     int n_threads = 1;
     ggml_abort_callback abort = nullptr;
@@ -39,6 +40,7 @@ class executor {
     aligned_memory arena, scratch;
     thread_pool threads;
     std::vector<std::pair<const ggml_tensor *, std::vector<segment>>> known_masks;
+    std::vector<std::pair<const ggml_tensor *, std::vector<float>>> known_angles;
 };
 
 }  // namespace llamacrab::kernels

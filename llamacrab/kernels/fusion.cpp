@@ -430,7 +430,11 @@ operand planner::attention_operand(const ggml_tensor * t, data_type type) {
     if ((type != data_type::f32 || source != t) && find_slot(source, type, from)) {
         return from;
     }
-    if (t->type == GGML_TYPE_F32 && type == data_type::f32) {
+    if (t->type == GGML_TYPE_F16) {  // a KV cache
+        from.tensor = t;
+        return from;
+    }
+    if (type == data_type::f32) {
         require_f32(t);
         from.tensor = t;
         return from;
@@ -475,6 +479,7 @@ int planner::plan_node(int i) {
         case GGML_OP_CONT:
         case GGML_OP_CPY: return plan_copy(i);
         case GGML_OP_ROPE: add_simple(step_kind::rope, node); return i;
+        case GGML_OP_SET_ROWS: add_simple(step_kind::set_rows, node); return i;
         case GGML_OP_FLASH_ATTN_EXT: plan_attention(node); return i;
         default: return i;
     }

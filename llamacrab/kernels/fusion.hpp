@@ -20,6 +20,7 @@ enum class step_kind {
     get_rows,
     copy,
     rope,
+    set_rows,
     convert,
     gather,
     pool,
@@ -59,6 +60,8 @@ struct operand {
     int slot = no_slot;
     ptrdiff_t shift = 0;    // elements from the start of the slot to the start of the tensor
     bool gathered = false;  // the slot holds [tokens][heads][values], whatever the tensor's strides
+
+    bool is_f16() const { return slot == no_slot && tensor->type == GGML_TYPE_F16; }
 };
 
 // A node, and the nodes after it that were fused into it.

@@ -52,6 +52,7 @@ constexpr int int8_padded(int k) { return (k + 7) / 8 * 8; }
 
 // The most columns of a row that is normed or quantized: meanwhile the row lies on the stack.
 constexpr int widest_row = 8192;
+constexpr int widest_head = 512;
 
 enum class activation : int32_t { none, gelu, gelu_erf, gelu_quick, silu, relu, tanh, sigmoid };
 
@@ -106,6 +107,7 @@ struct segment {
 struct attention_args {
     const void *q, *k, *v;
     data_type type;           // of all three: f32 or bf16
+    bool k_f16, v_f16;        // but these are f16, as in a KV cache
     ptrdiff_t q_row, q_head;  // elements from a token to the next, from a head to the next
     ptrdiff_t k_row, k_head;
     ptrdiff_t v_row, v_head;
@@ -131,8 +133,15 @@ struct kernel_table {
     void (*linear)(const linear_args &, int row0, int row1);
     void (*norm)(const norm_args &, int row0, int row1);
     size_t (*attention_scratch)(int d_k, int d_v, int n_keys);
-    void (*attention)(const attention_args &, const segment &, int head);
+    // For some heads that share their keys and values.
+    void (*attention)(const attention_args &, const segment &, int head, int n_heads);
+    // Rotate the first n_dims values of a head, in pairs; a pair is neighbours, or n_dims / 2
+    // apart.
+    void (*rope)(const float * x, const float * cosines, const float * sines, float * y, int n_dims,
+                 bool neighbours);
     void (*to_bf16)(const float * x, uint16_t * y, int64_t n);
+    void (*to_f16)(const float * x, uint16_t * y, int64_t n);
+    void (*from_f16)(const uint16_t * x, float * y, int64_t n);
     void (*to_int16)(const float * x, int16_t * y, int n);  // a row, with its scales
     void (*add)(const float * a, const float * b, float * y, int64_t n);
     void (*mul)(const float * a, const float * b, float * y, int64_t n);

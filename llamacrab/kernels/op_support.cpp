@@ -79,33 +79,53 @@ static bool supports_product(const ggml_tensor * node) {
            !is_vocabulary;
 }
 
+// Whether packed weights made this tensor. A node that uses a KV cache has no weights of its own,
+// and the cache is in memory that every backend can use: without this, ggml's scheduler would give
+// this backend such nodes of models that it does not compute.
+static bool is_of_packed_model(const ggml_tensor * t) {
+    constexpr int longest_way = 16;  // from a product to the cache: bias, norm, RoPE, views
+    for (int i = 0; t && i < longest_way; i++, t = t->src[0]) {
+        for (const ggml_tensor * src : t->src) {
+            if (src && is_packed_weight(src)) {
+                return true;
+            }
+        }
+    }
+    return false;
+}
+
 static bool supports_attention(const ggml_tensor * node) {
     const ggml_tensor *q = node->src[0], *k = node->src[1], *v = node->src[2], *mask = node->src[3];
     const auto is_f16_or_f32 = [](const ggml_tensor * t) {
-        // Not the tensors of a KV cache, which have a buffer before the graph is planned: a cache
-        // holds more keys than the queries may see.
         return (t->type == GGML_TYPE_F16 || t->type == GGML_TYPE_F32) &&
-               t->nb[0] == ggml_type_size(t->type) && !buffer_of(t);
+               t->nb[0] == ggml_type_size(t->type);
     };
+    const bool is_cached = buffer_of(k) || buffer_of(v);
     return q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && is_f16_or_f32(k) &&
            is_f16_or_f32(v) && q->ne[0] == k->ne[0] && q->ne[0] % 2 == 0 && q->ne[0] <= 256 &&
            v->ne[0] <= 256 && v->ne[0] % 2 == 0 && q->ne[3] == 1 && k->ne[3] == 1 &&
            v->ne[3] == 1 && k->ne[2] == v->ne[2] && q->ne[2] % k->ne[2] == 0 && !node->src[4] &&
            (!mask || (mask->type == GGML_TYPE_F16 && mask->nb[0] == 2 && mask->ne[2] == 1 &&
                       mask->ne[3] == 1 && mask->ne[1] >= q->ne[1])) &&
-           is_dense_f32(node);
+           is_dense_f32(node) && (!is_cached || is_of_packed_model(q));
+}
+
+// Keys or values of a pack, to a KV cache.
+static bool supports_set_rows(const ggml_tensor * node) {
+    const ggml_tensor *x = node->src[0], *places = node->src[1];
+    return (node->type == GGML_TYPE_F16 || node->type == GGML_TYPE_F32) &&
+           node->nb[0] == ggml_type_size(node->type) && node->ne[2] == 1 && node->ne[3] == 1 &&
+           x->type == GGML_TYPE_F32 && x->nb[0] == sizeof(float) && x->ne[2] == 1 &&
+           x->ne[3] == 1 && ggml_is_contiguous(places) && is_of_packed_model(x);
 }
 
 static bool supports_rope(const ggml_tensor * node) {
     const ggml_tensor * x = node->src[0];
     const int32_t * p = node->op_params;
     const int mode = p[2];
-    float extrapolation;
-    std::memcpy(&extrapolation, p + 7, sizeof extrapolation);
     return x->type == GGML_TYPE_F32 && x->nb[0] == sizeof(float) && x->ne[3] == 1 &&
            is_dense_f32(node) && (mode == GGML_ROPE_TYPE_NORMAL || mode == GGML_ROPE_TYPE_NEOX) &&
-           extrapolation == 0 && !node->src[2] && p[15] == 0 && p[1] % 2 == 0 && p[1] <= x->ne[0] &&
-           x->ne[0] <= 512;
+           p[15] == 0 && p[1] % 2 == 0 && p[1] <= x->ne[0] && x->ne[0] <= widest_head;
 }
 
 bool can_compute(const ggml_tensor * node) {
@@ -118,8 +138,13 @@ bool can_compute(const ggml_tensor * node) {
         case GGML_OP_TRANSPOSE: return true;
         default: break;
     }
-    if (node->view_src ||
-        has_unpacked_weights(node)) {  // no operations in place, in the memory of another tensor
+    if (has_unpacked_weights(node)) {
+        return false;
+    }
+    if (node->op == GGML_OP_SET_ROWS) {
+        return supports_set_rows(node);
+    }
+    if (node->view_src) {  // no operations in place, in the memory of another tensor
         return false;
     }
     switch (node->op) {

@@ -200,6 +200,8 @@ void run_attention(const step & s, const step_data & data, const std::vector<seg
     a.k = data.k;
     a.v = data.v;
     a.type = s.x_type;
+    a.k_f16 = s.k.is_f16();
+    a.v_f16 = s.v.is_f16();
     set_strides(s.x, a.q_row, a.q_head);
     set_strides(s.k, a.k_row, a.k_head);
     set_strides(s.v, a.v_row, a.v_head);
@@ -221,14 +223,19 @@ void run_attention(const step & s, const step_data & data, const std::vector<seg
     }
     const size_t thread_bytes = (set.attention_scratch(a.d_k, a.d_v, max_keys) + 63) / 64 * 64;
     char * scratch = workers.scratch.reserve(thread_bytes * workers.n_threads);
-    const int n_heads = (int) q->ne[2];
+    // Heads that share keys and values go together, unless that leaves threads without work. (With
+    // ALiBi each head has a slope of its own.)
+    const int n_heads = (int) q->ne[2], n_segments = (int) segments.size();
+    const bool together = max_bias <= 0 && n_segments * (int) k->ne[2] >= 2 * workers.n_threads;
+    const int group = together ? a.heads_per_kv : 1, n_groups = n_heads / group;
     const auto attend = [&](int i, int thread) {
+        const int head = i % n_groups * group;
         attention_args one = a;
         one.scratch = scratch + thread * thread_bytes;
-        one.slope = alibi_slope(i % n_heads, n_heads, max_bias);
-        set.attention(one, segments[i / n_heads], i % n_heads);
+        one.slope = alibi_slope(head, n_heads, max_bias);
+        set.attention(one, segments[i / n_groups], head, group);
     };
-    workers.threads.parallel_for((int) segments.size() * n_heads, workers.n_threads, attend);
+    workers.threads.parallel_for(n_segments * n_groups, workers.n_threads, attend);
 }
 
 // ------------------------------------------------------------------------- operations row by row
@@ -351,55 +358,99 @@ void run_gather(const step & s, const step_data & data, int row0, int row1) {
     }
 }
 
-// Rotate the heads of one token.
-static void rotate_token(const ggml_tensor * node, int token, float * out) {
-    const ggml_tensor * x = node->src[0];
-    const int n_dims = param<int32_t>(node, 1);
-    const bool neox = param<int32_t>(node, 2) == GGML_ROPE_TYPE_NEOX;
-    const float base = param<float>(node, 5), frequency = param<float>(node, 6),
-                magnitude = param<float>(node, 8);
-    const int heads = (int) x->ne[1], n = (int) x->ne[0], half = n_dims / 2;
-    const float step = std::pow(base, -2.0f / n_dims);
-    float theta = (float) ((const int32_t *) node->src[1]->data)[token];
-    float sines[256], cosines[256];
-    for (int i = 0; i < half; i++) {
-        cosines[i] = std::cos(theta * frequency) * magnitude;
-        sines[i] = std::sin(theta * frequency) * magnitude;
-        theta *= step;
+// The parameters of ggml_rope_ext(), but for the number of dimensions and the mode.
+struct rope_params {
+    float base, frequency, extrapolation, magnitude;
+    float corrected[2];  // YaRN interpolates pairs from one of these to the other in part
+
+    explicit rope_params(const ggml_tensor * node)
+        : base(param<float>(node, 5)),
+          frequency(param<float>(node, 6)),
+          extrapolation(param<float>(node, 7)),
+          magnitude(param<float>(node, 8)) {
+        ggml_rope_yarn_corr_dims(param<int32_t>(node, 1), param<int32_t>(node, 4), base,
+                                 param<float>(node, 9), param<float>(node, 10), corrected);
     }
-    for (int head = 0; head < heads; head++) {
-        const float * from =
-            (const float *) ((const char *) x->data + token * x->nb[2] + head * x->nb[1]);
-        float * to = out + head * n;
-        if (neox) {  // the two values of a pair are `half` apart
-            for (int i = 0; i < half; i++) {
-                const float a = from[i], b = from[i + half];
-                to[i] = a * cosines[i] - b * sines[i];
-                to[i + half] = a * sines[i] + b * cosines[i];
-            }
-        } else {
-            for (int i = 0; i < half; i++) {
-                const float a = from[2 * i], b = from[2 * i + 1];
-                to[2 * i] = a * cosines[i] - b * sines[i];
-                to[2 * i + 1] = a * sines[i] + b * cosines[i];
-            }
+
+    // The angle of pair i, given what its position alone makes it (rope_yarn() of ggml).
+    float angle(float theta, int i) const {
+        if (extrapolation == 0) {
+            return theta * frequency;
         }
-        std::copy(from + n_dims, from + n, to + n_dims);
+        const float place =
+            ((float) i - corrected[0]) / std::max(0.001f, corrected[1] - corrected[0]);
+        const float mix = (1 - std::clamp(place, 0.f, 1.f)) * extrapolation;
+        return theta * frequency * (1 - mix) + theta * mix;
     }
+
+    float length() const {
+        return extrapolation == 0 ? magnitude : magnitude * (1 + 0.1f * std::log(1 / frequency));
+    }
+};
+
+std::vector<float> rope_angles(const ggml_tensor * node) {
+    const rope_params params(node);
+    const int64_t n_tokens = node->ne[2], half = param<int32_t>(node, 1) / 2;
+    const float step = std::pow(params.base, -1.0f / half), length = params.length();
+    const auto * positions = (const int32_t *) node->src[1]->data;
+    const float * factors = floats_of(node->src[2]);
+    std::vector<float> angles(n_tokens * half * 2);
+    for (int64_t token = 0; token < n_tokens; token++) {
+        float * cosines = angles.data() + token * half * 2;
+        float theta = (float) positions[token];
+        for (int i = 0; i < half; i++) {
+            const float angle = params.angle(factors ? theta / factors[i] : theta, i);
+            cosines[i] = std::cos(angle) * length;
+            cosines[half + i] = std::sin(angle) * length;
+            theta *= step;
+        }
+    }
+    return angles;
+}
+
+bool have_same_angles(const ggml_tensor * a, const ggml_tensor * b) {
+    // The mode (2) says only which values are a pair.
+    for (const int i : {1, 4, 5, 6, 7, 8, 9, 10}) {
+        if (a->op_params[i] != b->op_params[i]) {
+            return false;
+        }
+    }
+    return a->src[1] == b->src[1] && a->src[2] == b->src[2];
 }
 
 void run_rope(const step & s, const step_data & data, int row0, int row1) {
-    // The heads of a token are rows of the tensor, and share their angles.
-    const int64_t heads = s.out->ne[1], width = heads * s.out->ne[0];
     const kernel_table & set = active_kernels();
-    std::vector<float> token(width);
-    for (int64_t row = (row0 + heads - 1) / heads; row * heads < row1; row++) {
-        rotate_token(s.node, (int) row, token.data());
-        if (data.y) {
-            std::memcpy(data.y + row * width, token.data(), width * sizeof(float));
-        }
+    const ggml_tensor * x = s.node->src[0];
+    const int n_dims = param<int32_t>(s.node, 1);
+    const bool neighbours = param<int32_t>(s.node, 2) == GGML_ROPE_TYPE_NORMAL;
+    const int64_t n = x->ne[0], heads = x->ne[1];
+    float rotated[widest_head];
+    for (int64_t row = row0; row < row1; row++) {
+        const int64_t token = row / heads, head = row % heads;
+        const auto * from =
+            (const float *) ((const char *) x->data + token * x->nb[2] + head * x->nb[1]);
+        const float * cosines = data.angles + token * n_dims;
+        float * to = data.y ? data.y + row * n : rotated;
+        set.rope(from, cosines, cosines + n_dims / 2, to, n_dims, neighbours);
+        std::memmove(to + n_dims, from + n_dims, (n - n_dims) * sizeof(float));
         if (data.y_bf16) {
-            set.to_bf16(token.data(), data.y_bf16 + row * width, width);
+            set.to_bf16(to, data.y_bf16 + row * n, n);
+        }
+    }
+}
+
+// Write rows to the places in another tensor, a KV cache, that `src[1]` names.
+void run_set_rows(const step & s, const step_data &, int row0, int row1) {
+    const ggml_tensor *x = s.x.tensor, *places = s.node->src[1], *out = s.out;
+    for (int64_t row = row0; row < row1; row++) {
+        const auto * from = (const float *) ((const char *) x->data + row * x->nb[1]);
+        const int64_t place = places->type == GGML_TYPE_I64 ? ((const int64_t *) places->data)[row]
+                                                            : ((const int32_t *) places->data)[row];
+        char * to = (char *) out->data + place * out->nb[1];
+        if (out->type == GGML_TYPE_F16) {
+            active_kernels().to_f16(from, (uint16_t *) to, x->ne[0]);
+        } else {
+            std::memcpy(to, from, x->ne[0] * sizeof(float));
         }
     }
 }

@@ -25,7 +25,8 @@ struct step_data {
     uint16_t * y_bf16;
     int16_t * y_int16;
     uint8_t * y_int8;
-    float * y_scale;  // with y_int8: the scale and the zero of each row
+    float * y_scale;       // with y_int8: the scale and the zero of each row
+    const float * angles;  // rope only: n_dims / 2 cosines, then as many sines, for each token
 };
 
 // The threads of a step, and memory that they divide among them.
@@ -34,6 +35,10 @@ struct parallel {
     int n_threads;
     aligned_memory & scratch;
 };
+
+// What `step_data::angles` holds for a node. It is the same in all layers.
+std::vector<float> rope_angles(const ggml_tensor * node);
+bool have_same_angles(const ggml_tensor * a, const ggml_tensor * b);
 
 void run_linear(const step & s, const step_data & data, const parallel & workers);
 void run_attention(const step & s, const step_data & data, const std::vector<segment> & segments,
@@ -47,6 +52,7 @@ void run_scale(const step & s, const step_data & data, int row0, int row1);
 void run_get_rows(const step & s, const step_data & data, int row0, int row1);
 void run_copy(const step & s, const step_data & data, int row0, int row1);
 void run_rope(const step & s, const step_data & data, int row0, int row1);
+void run_set_rows(const step & s, const step_data & data, int row0, int row1);
 // Write a dense tensor to a slot of another type.
 void run_convert(const step & s, const step_data & data, int row0, int row1);
 // The same for a tensor with permuted dimensions: the slot gets [tokens][heads][values].

@@ -3,10 +3,15 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <exception>
+#include <mutex>
+#include <numeric>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
+#include "../native/thread_pool.hpp"
 #include "rotation.hpp"
 
 namespace llamacrab::kernels {
@@ -89,6 +94,8 @@ const float * int8_sums(const ggml_tensor * w, const void * data) {
 static void to_floats(const ggml_tensor * w, const char * row, float * out) {
     if (w->type == GGML_TYPE_F32) {
         std::memcpy(out, row, w->ne[0] * sizeof(float));
+    } else if (w->type == GGML_TYPE_F16) {
+        active_kernels().from_f16((const uint16_t *) row, out, w->ne[0]);
     } else {
         ggml_get_type_traits(w->type)->to_float(row, out, w->ne[0]);
     }
@@ -110,30 +117,44 @@ static int16_place place_of(int k, int64_t column, int block) {
 // The scale of a block of a column: as fine as the sum of its absolute values allows. NaN if a
 // value is not finite, so that results are NaN, as with floats.
 static float int16_scale(const float * values, int n) {
-    float max = 0, sum = 0;
-    for (int i = 0; i < n; i++) {
-        max = std::max(max, std::fabs(values[i]));
-        sum += std::fabs(values[i]);
+    constexpr int lanes = 8;  // so that the compiler uses vectors
+    float max[lanes] = {}, sum[lanes] = {};
+    for (int i = 0; i < n; i += lanes) {
+        for (int j = 0; j < lanes; j++) {
+            const float value = i + j < n ? std::fabs(values[i + j]) : 0;
+            max[j] = max[j] > value ? max[j] : value;
+            sum[j] += value;
+        }
     }
-    if (!std::isfinite(sum)) {
+    const float total = std::accumulate(sum, sum + lanes, 0.0f);
+    if (!std::isfinite(total)) {
         return NAN;
     }
     // Rounding may add a half to each value.
-    return std::max(max / INT16_MAX, sum / (int16_weight_sum - int16_block / 2 - 1));
+    return std::max(*std::max_element(max, max + lanes) / INT16_MAX,
+                    total / (int16_weight_sum - int16_block / 2 - 1));
 }
 
-static void pack_int16(const ggml_tensor * w, const float * row, int64_t column, void * to) {
-    const int k = (int) w->ne[0];
+// Pack columns [column0, column1), all of one panel; `rows` has a row of the weight for each.
+static void pack_int16(int k, const float * rows, int64_t column0, int64_t column1, void * to) {
     for (int block = 0; block < int16_blocks(k); block++) {
-        const float * values = row + block * int16_block;
         const int n = std::min(k - block * int16_block, int16_block);
-        const float scale = int16_scale(values, n), inverse = scale > 0 ? 1 / scale : 0;
-        const int16_place place = place_of(k, column, block);
-        auto * pairs = (int16_t *) ((char *) to + place.pairs);
-        for (int i = 0; i < n && inverse > 0; i++) {
-            pairs[i / 2 * 2 * panel_width + i % 2] = (int16_t) std::lrint(values[i] * inverse);
+        for (int64_t column = column0; column < column1; column++) {
+            const float * values = rows + (column - column0) * k + block * int16_block;
+            const float scale = int16_scale(values, n), inverse = scale > 0 ? 1 / scale : 0;
+            const int16_place place = place_of(k, column, block);
+            std::memcpy((char *) to + place.scale, &scale, sizeof scale);
+            int32_t whole[int16_block + 1] = {};
+            for (int i = 0; i < n && inverse > 0; i++) {
+                const float shifted = values[i] * inverse + 12582912.0f;  // 1.5 * 2^23: rounds
+                std::memcpy(whole + i, &shifted, sizeof shifted);
+            }
+            auto * pairs = (int32_t *) ((char *) to + place.pairs);
+            for (int i = 0; i < n; i += 2) {
+                const uint32_t low = whole[i] & 0xffff, high = whole[i + 1] & 0xffff;
+                pairs[i / 2 * panel_width] = (int32_t) (low | high << 16);
+            }
         }
-        std::memcpy((char *) to + place.scale, &scale, sizeof scale);
     }
 }
 
@@ -188,41 +209,75 @@ static void pack_int8(const ggml_tensor * w, float * row, int64_t column, void *
     const_cast<float *>(int8_sums(w, to))[column] = scale * sum;
 }
 
+static void pack_column(const ggml_tensor * w, weight_layout layout, const char * source,
+                        float * row, int64_t column, char * to) {
+    const int64_t k = w->ne[0];
+    const size_t panel = column / panel_width, place = column % panel_width;
+    if (layout == weight_layout::int8_panels) {
+        return pack_int8(w, row, column, to);
+    }
+    if (layout == weight_layout::f32_panels) {
+        float * out = (float *) to + panel * panel_width * k + place;
+        for (int64_t i = 0; i < k; i++) {
+            out[i * panel_width] = row[i];
+        }
+        return;
+    }
+    const auto * bits = (const uint16_t *) source;
+    uint16_t * out = (uint16_t *) to + panel * panel_width * round_up(k, 2) + place * 2;
+    for (int64_t i = 0; i < k; i++) {
+        out[i / 2 * 2 * panel_width + i % 2] =
+            w->type == GGML_TYPE_BF16 ? bits[i] : ggml_fp32_to_bf16(row[i]).bits;
+    }
+}
+
+// Pack columns [column0, column1), all of one panel.
+static void pack_panel(const ggml_tensor * w, weight_layout layout, const char * from,
+                       int64_t column0, int64_t column1, char * to) {
+    const int64_t k = w->ne[0];
+    if (column0 % panel_width == 0) {  // for the padding
+        const size_t bytes = matrix_bytes(w, layout) / panels(w);
+        std::memset(to + column0 / panel_width * bytes, 0, bytes);
+    }
+    std::vector<float> rows((column1 - column0) * k);
+    const auto row = [&](int64_t column) { return rows.data() + (column - column0) * k; };
+    for (int64_t column = column0; column < column1; column++) {
+        const char * source = from + (column - column0) * ggml_row_size(w->type, k);
+        to_floats(w, source, row(column));
+        if (layout != weight_layout::int16_panels) {
+            pack_column(w, layout, source, row(column), column, to);
+        }
+    }
+    if (layout == weight_layout::int16_panels) {
+        pack_int16((int) k, rows.data(), column0, column1, to);
+    }
+}
+
 void pack_rows(const ggml_tensor * w, weight_layout layout, const void * from, int64_t row0,
                int64_t row1, void * to) {
-    const int64_t k = w->ne[0];
-    const size_t row_bytes = ggml_row_size(w->type, k);
-    std::vector<float> row(k);
+    const size_t matrix = matrix_bytes(w, layout);
     if (row0 == 0) {
-        std::memset(to, 0, packed_bytes(w, layout));  // the padding of k and of the last panel
+        std::memset((char *) to + matrix, 0, packed_bytes(w, layout) - matrix);
     }
-    for (int64_t m = row0; m < row1; m++) {
-        const char * source = (const char *) from + (m - row0) * row_bytes;
-        const size_t panel = m / panel_width, place = m % panel_width;
-        if (layout == weight_layout::bf16_panels && w->type == GGML_TYPE_BF16) {
-            const auto * bits = (const uint16_t *) source;
-            uint16_t * out = (uint16_t *) to + panel * panel_width * round_up(k, 2) + place * 2;
-            for (int64_t i = 0; i < k; i++) {
-                out[i / 2 * 2 * panel_width + i % 2] = bits[i];
-            }
-            continue;
+    const int64_t panel0 = row0 / panel_width, panel1 = (row1 + panel_width - 1) / panel_width;
+    std::exception_ptr failure;
+    std::mutex mutex;
+    const bool is_large = matrix > 1 << 20;  // worth the start of threads
+    const int n_threads = is_large ? (int) std::max(1u, std::thread::hardware_concurrency()) : 1;
+    thread_pool threads;
+    threads.parallel_for((int) (panel1 - panel0), n_threads, [&](int i, int) {
+        const int64_t first = std::max(row0, (panel0 + i) * panel_width);
+        const int64_t last = std::min(row1, (panel0 + i + 1) * panel_width);
+        const auto * rows = (const char *) from + (first - row0) * ggml_row_size(w->type, w->ne[0]);
+        try {
+            pack_panel(w, layout, rows, first, last, (char *) to);
+        } catch (...) {
+            const std::lock_guard lock(mutex);
+            failure = std::current_exception();
         }
-        to_floats(w, source, row.data());
-        if (layout == weight_layout::f32_panels) {
-            float * out = (float *) to + panel * panel_width * k + place;
-            for (int64_t i = 0; i < k; i++) {
-                out[i * panel_width] = row[i];
-            }
-        } else if (layout == weight_layout::bf16_panels) {
-            uint16_t * out = (uint16_t *) to + panel * panel_width * round_up(k, 2) + place * 2;
-            for (int64_t i = 0; i < k; i++) {
-                out[i / 2 * 2 * panel_width + i % 2] = ggml_fp32_to_bf16(row[i]).bits;
-            }
-        } else if (layout == weight_layout::int16_panels) {
-            pack_int16(w, row.data(), m, to);
-        } else {
-            pack_int8(w, row.data(), m, to);
-        }
+    });
+    if (failure) {
+        std::rethrow_exception(failure);
     }
 }
 

@@ -166,8 +166,8 @@ static int check_attention(const kernel_table & set, int tokens, int d) {
     a.scratch = (void *) (((uintptr_t) scratch.data() + 63) / 64 * 64);
     // Two texts: none sees the other.
     const int cut = tokens / 3;
-    set.attention(a, {0, cut, 0, cut, true}, 0);
-    set.attention(a, {cut, tokens, cut, tokens, true}, 0);
+    set.attention(a, {0, cut, 0, cut, true}, 0, 1);
+    set.attention(a, {cut, tokens, cut, tokens, true}, 0, 1);
     std::vector<double> wanted((size_t) tokens * d);
     for (int row = 0; row < tokens; row++) {
         const int first = row < cut ? 0 : cut, last = row < cut ? cut : tokens;
@@ -190,9 +190,35 @@ static int check_attention(const kernel_table & set, int tokens, int d) {
     return differ("attention", y, wanted, 1e-11);
 }
 
+// Every f16 becomes itself, and what lies between two of them becomes the nearer one.
+static int check_f16(const kernel_table & set) {
+    int wrong = 0;
+    for (int bits = 0; bits <= 0x7bff; bits++) {  // up to the greatest number; and infinity
+        const uint16_t pair[2] = {(uint16_t) bits, (uint16_t) (bits + 1)};
+        float values[2];
+        set.from_f16(pair, values, 2);
+        const float end = bits == 0x7bff ? 65536 : values[1];
+        const double middle = ((double) values[0] + end) / 2;
+        const float near[4] = {values[0], (float) (middle * (1 - 1e-6)), (float) middle,
+                               (float) (middle * (1 + 1e-6))};
+        const int even = bits % 2 == 0 ? bits : bits + 1;
+        const int wanted[4] = {bits, bits, even, bits + 1};
+        for (const float sign : {1.f, -1.f}) {
+            for (int i = 0; i < 4; i++) {
+                const float value = near[i] * sign;
+                uint16_t found;
+                set.to_f16(&value, &found, 1);
+                wrong += found != (wanted[i] | (sign < 0 ? 0x8000 : 0));
+            }
+        }
+    }
+    std::printf("%-24s %d wrong\n", "f16", wrong);
+    return wrong;
+}
+
 int main() {
     const kernel_table & set = *generic_kernels();
-    int wrong = 0;
+    int wrong = check_f16(set);
     for (int rows : {1, 3, 4, 17}) {
         for (int m : {5, 32, 70}) {
             wrong += check_linear(set, rows, 64, m, weight_layout::f32_panels) +

@@ -1,6 +1,6 @@
-// Attention of the queries of a segment over the keys they see, for one head. The scores are a
-// product with packed keys, the result is a product with packed values: both use the micro-kernels
-// of gemm.hpp.
+// Attention of the queries of a segment over the keys they see, for heads that share them. The
+// scores are a product with packed keys, the result is a product with packed values: both use the
+// micro-kernels of gemm.hpp.
 #pragma once
 
 #include "gemm.hpp"
@@ -19,22 +19,9 @@ LC_INLINE size_t round_to_line(size_t bytes) { return (bytes + 63) / 64 * 64; }
 static size_t attention_scratch(int d_k, int d_v, int n_keys) {
     const size_t keys = round_to_panel(n_keys);
     return round_to_line(keys * (d_k + 1) * 4) + round_to_line(keys * round_to_panel(d_v) * 4) +
+           round_to_line((size_t) n_keys * (d_k > d_v ? d_k : d_v) * 4) +
            round_to_line(tile * (keys + panel_width) * 4) * 2 +
            round_to_line(tile * panel_width * 4) + 64 * 16;
-}
-
-LC_INLINE vf load_f16(const uint16_t * p) {
-#if defined(__AVX512F__)
-    return (vf) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p));
-#elif defined(__F16C__)
-    return (vf) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) p));
-#else
-    vf r;
-    for (int i = 0; i < width; i++) {
-        r[i] = from_f16(p[i]);
-    }
-    return r;
-#endif
 }
 
 #if defined(__AVX512BF16__)
@@ -146,8 +133,12 @@ struct bf16_data {
 
     static constexpr precision exact = precision::bf16;
 
-    static inline __attribute__((always_inline)) void store_weights(uint16_t * p, vf v) {
+    static inline __attribute__((always_inline)) void store_all(uint16_t * p, vf v) {
         store_bf16(p, v);
+    }
+
+    static inline __attribute__((always_inline)) void store_one(uint16_t * p, float value) {
+        *p = round_bf16(value);
     }
 };
 #endif
@@ -241,8 +232,10 @@ struct f32_data {
 
     static constexpr precision exact = precision::f32;
 
-    static inline __attribute__((always_inline)) void store_weights(float * p, vf v) {
-        store(p, v);
+    static inline __attribute__((always_inline)) void store_all(float * p, vf v) { store(p, v); }
+
+    static inline __attribute__((always_inline)) void store_one(float * p, float value) {
+        *p = value;
     }
 };
 
@@ -301,7 +294,7 @@ LC_INLINE float softmax_row(const attention_args & a, const segment & s, int row
     for (int i = 0; i < n; i += width) {
         const vf p = fully_masked ? vf{} : exp2v((load(scores + i) - max) * score_scale);
         total += p;
-        data::store_weights(out + i, p);
+        data::store_all(out + i, p);
     }
     return fully_masked ? 0 : 1.f / reduce_sum(total);
 }
@@ -311,6 +304,7 @@ template <class type>
 struct attention_buffers {
     type * keys;     // all keys of a segment, packed
     type * values;   // all values
+    type * rows;     // keys or values that were f16, not packed yet
     float * scores;  // of a tile with 32 keys, or of a row with all keys
     type * weights;  // of a tile with all keys
     float * result;  // of a tile, 32 columns
@@ -382,7 +376,7 @@ LC_INLINE void attention_tile(const attention_args & a, const segment & s, int h
                 const vf p =
                     exp2v<data::exact>(load(scores + t * panel_width + i) * score_scale - shift);
                 total[t] += p;
-                data::store_weights(weights + t * stride + key + i, p);
+                data::store_all(weights + t * stride + key + i, p);
             }
         }
     }
@@ -406,8 +400,47 @@ LC_INLINE void attention_tile(const attention_args & a, const segment & s, int h
     }
 }
 
+// Copy n rows of f16, which are `stride` apart.
 template <class data>
-LC_INLINE void attention_as(const attention_args & a, const segment & s, int head) {
+LC_INLINE void widen_rows(const uint16_t * from, ptrdiff_t stride, int n, int d,
+                          typename data::type * to) {
+    for (int row = 0; row < n; row++) {
+        int i = 0;
+        for (; i + width <= d; i += width) {
+            data::store_all(to + (size_t) row * d + i, load_f16(from + row * stride + i));
+        }
+        for (; i < d; i++) {
+            data::store_one(to + (size_t) row * d + i, from_f16(from[row * stride + i]));
+        }
+    }
+}
+
+template <class data>
+LC_INLINE void pack_keys_and_values(const attention_args & given, const segment & s, int kv,
+                                    const attention_buffers<typename data::type> & buffers) {
+    typedef typename data::type type;
+    attention_args a = given;
+    const int n = s.key1 - s.key0;
+    const ptrdiff_t key = s.key0 * a.k_row + kv * a.k_head,
+                    value = s.key0 * a.v_row + kv * a.v_head;
+    const type * keys = (const type *) a.k + key;
+    if (a.k_f16) {
+        widen_rows<data>((const uint16_t *) a.k + key, a.k_row, n, a.d_k, buffers.rows);
+        keys = buffers.rows;
+        a.k_row = a.d_k;
+    }
+    data::pack_keys(a, keys, n, buffers.keys);
+    const type * values = (const type *) a.v + value;
+    if (a.v_f16) {
+        widen_rows<data>((const uint16_t *) a.v + value, a.v_row, n, a.d_v, buffers.rows);
+        values = buffers.rows;
+        a.v_row = a.d_v;
+    }
+    data::pack_values(a, values, n, buffers.values);
+}
+
+template <class data>
+LC_INLINE void attention_as(const attention_args & a, const segment & s, int head0, int n_heads) {
     typedef typename data::type type;
     const int n = s.key1 - s.key0, end = round_to_panel(n);
     char * at = (char *) a.scratch;
@@ -423,10 +456,9 @@ LC_INLINE void attention_as(const attention_args & a, const segment & s, int hea
         (float *) take(sizeof(float) * (end > tile * panel_width ? end : tile * panel_width));
     buffers.weights = (type *) take(sizeof(type) * tile * (end + panel_width));
     buffers.result = (float *) take(sizeof(float) * tile * panel_width);
-    const int kv = head / a.heads_per_kv;
-    data::pack_keys(a, (const type *) a.k + s.key0 * a.k_row + kv * a.k_head, n, buffers.keys);
-    data::pack_values(a, (const type *) a.v + s.key0 * a.v_row + kv * a.v_head, n, buffers.values);
-    const auto compute_rows = [&](int row, int rows) {
+    buffers.rows = (type *) take(sizeof(type) * n * (a.d_k > a.d_v ? a.d_k : a.d_v));
+    pack_keys_and_values<data>(a, s, head0 / a.heads_per_kv, buffers);
+    const auto compute_rows = [&](int head, int row, int rows) {
         switch (rows) {
             case 12: return attention_tile<data, 12>(a, s, head, row, buffers);
             case 8: return attention_tile<data, 8>(a, s, head, row, buffers);
@@ -450,18 +482,20 @@ LC_INLINE void attention_as(const attention_args & a, const segment & s, int hea
         if (rows > left) {
             row = s.row1 - rows;
         }
-        compute_rows(row, rows);
+        for (int head = head0; head < head0 + n_heads; head++) {
+            compute_rows(head, row, rows);
+        }
         row += rows;
     }
 }
 
-static void attention(const attention_args & a, const segment & s, int head) {
+static void attention(const attention_args & a, const segment & s, int head, int n_heads) {
 #if defined(__AVX512BF16__)
     if (a.type == data_type::bf16) {
-        return attention_as<bf16_data>(a, s, head);
+        return attention_as<bf16_data>(a, s, head, n_heads);
     }
 #endif
-    attention_as<f32_data>(a, s, head);
+    attention_as<f32_data>(a, s, head, n_heads);
 }
 
 }  // namespace

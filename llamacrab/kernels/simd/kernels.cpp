@@ -25,9 +25,11 @@ const kernel_table * LLAMACRAB_KERNEL_TABLE() {
 #endif
         tile,          linear,
         norm,          attention_scratch,
-        attention,     to_bf16,
-        to_int16,      add,
-        mul,           gate,
+        attention,     rope,
+        to_bf16,       to_f16,
+        widen_f16,     to_int16,
+        add,           mul,
+        gate,
     };
     return &table;
 }

@@ -186,6 +186,51 @@ static void to_bf16(const float * x, uint16_t * y, int64_t n) {
     }
 }
 
+static void to_f16(const float * x, uint16_t * y, int64_t n) {
+    int64_t i = 0;
+    for (; i + width <= n; i += width) {
+        store_f16(y + i, load(x + i));
+    }
+    for (; i < n; i++) {
+        y[i] = round_f16(x[i]);
+    }
+}
+
+static void widen_f16(const uint16_t * x, float * y, int64_t n) {
+    int64_t i = 0;
+    for (; i + width <= n; i += width) {
+        store(y + i, load_f16(x + i));
+    }
+    for (; i < n; i++) {
+        y[i] = from_f16(x[i]);
+    }
+}
+
+static void rope(const float * x, const float * cosines, const float * sines, float * y, int n_dims,
+                 bool neighbours) {
+    const int half = n_dims / 2;
+    if (neighbours) {
+        for (int i = 0; i < half; i++) {
+            const float a = x[2 * i], b = x[2 * i + 1];
+            y[2 * i] = a * cosines[i] - b * sines[i];
+            y[2 * i + 1] = a * sines[i] + b * cosines[i];
+        }
+        return;
+    }
+    int i = 0;
+    for (; i + width <= half; i += width) {
+        const vf a = load(x + i), b = load(x + i + half);
+        const vf cosine = load(cosines + i), sine = load(sines + i);
+        store(y + i, a * cosine - b * sine);
+        store(y + i + half, a * sine + b * cosine);
+    }
+    for (; i < half; i++) {
+        const float a = x[i], b = x[i + half];
+        y[i] = a * cosines[i] - b * sines[i];
+        y[i + half] = a * sines[i] + b * cosines[i];
+    }
+}
+
 static void add(const float * a, const float * b, float * y, int64_t n) {
     for (int64_t i = 0; i < n; i++) {
         y[i] = a[i] + b[i];

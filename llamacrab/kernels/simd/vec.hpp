@@ -266,6 +266,36 @@ LC_INLINE uint16_t round_bf16(float x) {
     return (uint16_t) ((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
+LC_INLINE uint16_t round_f16(float x) {
+    uint32_t u;
+    std::memcpy(&u, &x, sizeof u);
+    const uint32_t sign = (u >> 16) & 0x8000, rest = u & 0x7fffffff;
+    if (rest > 0x7f800000) {
+        return (uint16_t) (sign | 0x7e00);  // NaN
+    }
+    if (rest >= 0x477ff000) {
+        return (uint16_t) (sign | 0x7c00);  // rounds to infinity
+    }
+    if (rest < 0x38800000) {  // subnormal: a multiple of 2^-24, the last place of numbers from 0.5
+        const float shifted = __builtin_fabsf(x) + 0.5f;
+        std::memcpy(&u, &shifted, sizeof u);
+        return (uint16_t) (sign | (u - 0x3f000000));
+    }
+    return (uint16_t) (sign | ((rest - (112u << 23) + 0xfff + ((rest >> 13) & 1)) >> 13));
+}
+
+LC_INLINE void store_f16(uint16_t * p, vf v) {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256((__m256i *) p, _mm512_cvtps_ph((__m512) v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+    _mm_storeu_si128((__m128i *) p, _mm256_cvtps_ph((__m256) v, _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (int i = 0; i < width; i++) {
+        p[i] = round_f16(v[i]);
+    }
+#endif
+}
+
 LC_INLINE float from_f16(uint16_t h) {
 #if defined(__F16C__)
     return _cvtsh_ss(h);
@@ -285,6 +315,20 @@ LC_INLINE float from_f16(uint16_t h) {
     }
     std::memcpy(&f, &bits, sizeof f);
     return f;
+#endif
+}
+
+LC_INLINE vf load_f16(const uint16_t * p) {
+#if defined(__AVX512F__)
+    return (vf) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p));
+#elif defined(__F16C__)
+    return (vf) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) p));
+#else
+    vf r;
+    for (int i = 0; i < width; i++) {
+        r[i] = from_f16(p[i]);
+    }
+    return r;
 #endif
 }
 

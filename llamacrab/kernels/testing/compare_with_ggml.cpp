@@ -1,5 +1,7 @@
 #include "compare_with_ggml.hpp"
 
+#include <algorithm>
+#include <cmath>
 #include <memory>
 #include <numeric>
 #include <stdexcept>
@@ -145,6 +147,61 @@ struct attention_case : test_case {
     }
 };
 
+// A decoder's attention: keys and values go to a KV cache, and are read from it. All texts continue
+// one prefix, which the cache holds, as it holds what must not be seen: the cells after them.
+struct cached_attention_case : test_case {
+    int d, heads, kv_heads, prefix;
+    ggml_type cache_type = GGML_TYPE_F16;
+    int softcap = 0;
+    std::vector<int> lengths;
+
+    void read(field_reader & f) override {
+        f.required("d", d);
+        f.required("heads", heads);
+        f.required("kv_heads", kv_heads);
+        f.required("prefix", prefix);
+        f.optional("cache_type", cache_type);
+        f.optional("softcap", softcap);
+        f.required("lengths", lengths);
+    }
+
+    ggml_tensor * build(graph_builder & b) const override {
+        ggml_context * g = b.g();
+        const int tokens = sum(lengths), cells = prefix + tokens + 9;
+        ggml_tensor * x = b.result(64, tokens);
+        std::vector<int32_t> positions;
+        std::vector<int64_t> cell_of_token;
+        std::vector<float> mask((size_t) tokens * cells, -INFINITY);
+        for (const int length : lengths) {
+            const int begin = prefix + (int) positions.size() % tokens;
+            for (int i = 0; i < length; i++) {
+                float * row = mask.data() + positions.size() * cells;
+                std::fill(row, row + prefix, 0.0f);
+                std::fill(row + begin, row + begin + i + 1, 0.0f);
+                cell_of_token.push_back(begin + i);
+                positions.push_back(prefix + i);
+            }
+        }
+        ggml_tensor *at = b.input(positions), *to = b.places(cell_of_token);
+        const auto make_heads = [&](int count, bool rotated) {
+            ggml_tensor * y = linear(b, x, GGML_TYPE_F32, d * count, true);
+            y = ggml_reshape_3d(g, y, d, count, tokens);
+            return rotated ? ggml_rope(g, y, at, d, GGML_ROPE_TYPE_NEOX) : y;
+        };
+        const auto through_cache = [&](ggml_tensor * y) {
+            const int width = d * kv_heads;
+            ggml_tensor * cache = b.input(cache_type, width, cells);
+            b.first(ggml_set_rows(g, cache, ggml_view_2d(g, y, width, tokens, y->nb[2], 0), to));
+            return ggml_view_3d(g, cache, d, kv_heads, cells, ggml_row_size(cache_type, d),
+                                cache->nb[1], 0);
+        };
+        ggml_tensor * q = make_heads(heads, true);
+        ggml_tensor * k = through_cache(make_heads(kv_heads, true));
+        ggml_tensor * v = through_cache(make_heads(kv_heads, false));
+        return attention(b, q, k, v, b.input(GGML_TYPE_F16, cells, tokens, mask), softcap, 0);
+    }
+};
+
 // Two layers of an encoder.
 struct layer_case : test_case {
     int width, heads, ff;
@@ -225,6 +282,8 @@ struct norm_case : test_case {
 struct rope_case : test_case {
     int d, heads, tokens, dims;
     bool neox = false;
+    bool factors = false;  // a divisor for each frequency
+    bool yarn = false;
 
     void read(field_reader & f) override {
         f.required("d", d);
@@ -232,16 +291,24 @@ struct rope_case : test_case {
         f.required("tokens", tokens);
         f.required("dims", dims);
         f.optional("neox", neox);
+        f.optional("factors", factors);
+        f.optional("yarn", yarn);
     }
 
     ggml_tensor * build(graph_builder & b) const override {
         std::vector<int32_t> positions(tokens);
+        std::vector<float> divisors(dims / 2);
+        for (int i = 0; i < dims / 2; i++) {
+            divisors[i] = 1 + 0.2f * i;
+        }
         for (int i = 0; i < tokens; i++) {
             positions[i] = i * 3;
         }
         ggml_tensor * x = ggml_reshape_3d(b.g(), b.result(d * heads, tokens), d, heads, tokens);
-        return ggml_rope(b.g(), x, b.input(positions), dims,
-                         neox ? GGML_ROPE_TYPE_NEOX : GGML_ROPE_TYPE_NORMAL);
+        return ggml_rope_ext(b.g(), x, b.input(positions),
+                             factors ? b.input(GGML_TYPE_F32, dims / 2, 1, divisors) : nullptr,
+                             dims, neox ? GGML_ROPE_TYPE_NEOX : GGML_ROPE_TYPE_NORMAL,
+                             yarn ? 64 : 0, 10000, yarn ? 0.25f : 1, yarn ? 1 : 0, 1.1f, 32, 1);
     }
 };
 
@@ -383,12 +450,19 @@ static std::unique_ptr<test_case> make() {
 
 static std::unique_ptr<test_case> make_case(const std::string & kind, field_reader fields) {
     static const std::map<std::string, std::unique_ptr<test_case> (*)()> kinds = {
-        {"linear", make<linear_case>}, {"attention", make<attention_case>},
-        {"layer", make<layer_case>},   {"norm", make<norm_case>},
-        {"rope", make<rope_case>},     {"glu", make<glu_case>},
-        {"unary", make<unary_case>},   {"binary", make<binary_case>},
-        {"pool", make<pool_case>},     {"get_rows", make<get_rows_case>},
-        {"copy", make<copy_case>},     {"skipped", make<skipped_case>},
+        {"linear", make<linear_case>},
+        {"attention", make<attention_case>},
+        {"layer", make<layer_case>},
+        {"norm", make<norm_case>},
+        {"rope", make<rope_case>},
+        {"glu", make<glu_case>},
+        {"unary", make<unary_case>},
+        {"binary", make<binary_case>},
+        {"pool", make<pool_case>},
+        {"get_rows", make<get_rows_case>},
+        {"copy", make<copy_case>},
+        {"skipped", make<skipped_case>},
+        {"cached_attention", make<cached_attention_case>},
     };
     const auto found = kinds.find(kind);
     if (found == kinds.end()) {

@@ -25,6 +25,9 @@ std::vector<float> graph_builder::compute(ggml_tensor * out, ggml_backend_t back
     }
     ggml_cgraph * graph = ggml_new_graph_custom(nodes.get(), 256, false);
     ggml_set_output(out);
+    for (ggml_tensor * node : first_nodes) {
+        ggml_build_forward_expand(graph, node);
+    }
     ggml_build_forward_expand(graph, out);
     for (int i = 0; i < ggml_graph_n_nodes(graph); i++) {
         taken = taken && ggml_backend_supports_op(backend, ggml_graph_node(graph, i));
@@ -89,8 +92,13 @@ ggml_tensor * attention(graph_builder & b, ggml_tensor * q, ggml_tensor * k, ggm
     ggml_context * g = b.g();
     const float scale = 1 / std::sqrt((float) q->ne[0]);
     q = ggml_permute(g, q, 0, 2, 1, 3);
-    k = ggml_cast(g, ggml_permute(g, k, 0, 2, 1, 3), GGML_TYPE_F16);
-    v = ggml_cast(g, ggml_permute(g, v, 0, 2, 1, 3), GGML_TYPE_F16);
+    const auto from_cache_or_cast = [&](ggml_tensor * t) {
+        const bool cached = t->view_src && t->view_src->op == GGML_OP_NONE;
+        t = ggml_permute(g, t, 0, 2, 1, 3);
+        return cached ? t : ggml_cast(g, t, GGML_TYPE_F16);
+    };
+    k = from_cache_or_cast(k);
+    v = from_cache_or_cast(v);
     ggml_tensor * y = ggml_flash_attn_ext(g, q, k, v, mask, scale, max_bias, softcap);
     return ggml_reshape_2d(g, y, y->ne[0] * y->ne[1], y->ne[2]);
 }

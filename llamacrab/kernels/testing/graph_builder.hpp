@@ -40,6 +40,15 @@ class graph_builder {
         return t;
     }
 
+    ggml_tensor * places(const std::vector<int64_t> & values) {
+        ggml_tensor * t = ggml_new_tensor_1d(inputs.get(), GGML_TYPE_I64, values.size());
+        keep(t, values.data());
+        return t;
+    }
+
+    // Compute a node that others depend on without reading it, before them.
+    void first(ggml_tensor * node) { first_nodes.push_back(node); }
+
     ggml_tensor * input(const std::vector<int32_t> & values) {
         ggml_tensor * t = ggml_new_tensor_1d(inputs.get(), GGML_TYPE_I32, values.size());
         keep(t, values.data());
@@ -105,6 +114,7 @@ class graph_builder {
     context weights, inputs, nodes;
     std::vector<std::pair<ggml_tensor *, std::vector<char>>> kept;
     std::vector<std::pair<ggml_tensor *, float>> skipped_nodes;
+    std::vector<ggml_tensor *> first_nodes;
     std::mt19937 random;
 };
 
