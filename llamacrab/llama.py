@@ -816,10 +816,10 @@ class Llama:
         Returns
         -------
         ndarray, shape (n_packs,)
-            Fields ``worker`` (which context), ``n_texts``, ``n_tokens``, ``seconds`` (from taking
-            the pack to its last row), its parts ``decode_seconds`` and ``copy_seconds``,
-            ``wait_seconds`` (of the worker, before the pack), ``queued_tokens`` (in the queue
-            after the pack was taken).
+            Fields ``worker`` (which context), ``n_texts``, ``n_tokens``, ``n_threads`` (its
+            context's, and those that idle workers lent), ``seconds`` (from taking the pack to its
+            last row), its parts ``decode_seconds`` and ``copy_seconds``, ``wait_seconds`` (of the
+            worker, before the pack), ``queued_tokens`` (in the queue after the pack was taken).
         """
         return self._engine.scheduler.recent_packs()
 

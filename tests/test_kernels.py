@@ -74,6 +74,27 @@ def test_products_of_any_size_with_all_that_is_fused_into_them(type, rows, k, m)
         assert check("linear", rows=rows, k=k, m=m, type=type, **fused) < few * TYPES[type]
 
 
+@pytest.mark.parametrize("type", [F32, F16, BF16])
+@pytest.mark.parametrize(("rows", "k", "m"), [(1, 2048, 3000), (12, 768, 1100), (130, 256, 700)])
+def test_products_that_threads_divide(type, rows, k, m):
+    # Few rows are divided by columns, many by rows.
+    for fused in (
+        {"bias": True, "act": GELU},
+        {"bias": True, "residual": True, "norm": "layer"},
+        {"residual": True},
+    ):
+        assert check("linear", rows=rows, k=k, m=m, type=type, **fused) < TYPES[type]
+        assert check("linear", rows=rows, k=k, m=m, type=type, int8=True, **fused) < INT8_LOSS
+
+
+@pytest.mark.parametrize("type", [F16, BF16])
+def test_layers_that_threads_divide(type):
+    graph = {"width": 512, "heads": 8, "ff": 1536, "lengths": [7, 11, 2]}
+    for gated in (False, True):
+        assert check("layer", type=type, gated=gated, norm_first=True, **graph) < 5 * BF16_LOSS
+        assert check("layer", type=type, gated=gated, int8=True, **graph) < INT8_LOSS
+
+
 @pytest.mark.parametrize("type", [Q4_0, Q4_K, Q5_K, Q6_K, IQ4_NL])
 @pytest.mark.parametrize(("rows", "k", "m"), [(1, 256, 32), (7, 512, 70), (100, 768, 33)])
 def test_products_of_quantized_weights(type, rows, k, m):

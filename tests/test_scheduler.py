@@ -21,7 +21,7 @@ from helpers import DATA, TEXTS, Reader, cosines, rewrite_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamacrab import Llama, Model, PoolingType, _core
+from llamacrab import Llama, Model, PoolingType, _core, fetch_default_model
 from llamacrab._core import Scheduler, Tokenization
 from llamacrab.errors import (
     AllocationError,
@@ -65,6 +65,23 @@ def test_threads_that_embed_at_once_get_their_own_rows(tiny, expected):
     for thread in threads:
         thread.join()
     assert not failures
+
+
+@pytest.mark.skipif(_core.kernels() is None, reason="the kernels are not in this build")
+def test_a_lone_text_gets_the_threads_of_idle_workers():
+    model = fetch_default_model("bf16")
+    text = " ".join(TEXTS[:12])
+    with Llama(model, cpu_backend="llamacrab", n_contexts=1, n_threads=1) as llama:
+        wanted = llama.embed(text, truncate=True)
+        assert set(llama.recent_packs()["n_threads"]) == {1}
+    with Llama(model, cpu_backend="llamacrab", n_contexts=3, n_threads=2) as llama:
+        deadline = time.monotonic() + 60
+        while 6 not in llama.recent_packs()["n_threads"]:
+            np.testing.assert_array_equal(llama.embed(text, truncate=True), wanted)
+            assert time.monotonic() < deadline
+    with Llama(model, cpu_backend="ggml", n_contexts=2, n_threads=1) as llama:
+        llama.embed(text, truncate=True)
+        assert set(llama.recent_packs()["n_threads"]) == {1}
 
 
 def test_texts_of_many_threads_share_packs(tiny):

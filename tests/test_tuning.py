@@ -213,13 +213,15 @@ class PacedScheduler:
     def work(self):
         n = self.pack_tokens
         self.tried.append(n)
-        self.made += [(n, self.seconds(n, len(self.made) + i)) for i in range(8)]
+        self.made += [(n, 2, self.seconds(n, len(self.made) + i)) for i in range(8)]
+        self.made.append((n, 4, self.seconds(n, 0) / 2))  # with the threads of an idle worker
 
     def stats(self):
         return {"workers": [{"packs": len(self.made)}]}
 
     def recent_packs(self):
-        return np.array(self.made, dtype=[("n_tokens", np.int32), ("seconds", float)])
+        kinds = [("n_tokens", np.int32), ("n_threads", np.int32), ("seconds", float)]
+        return np.array(self.made, dtype=kinds)
 
 
 def calibrated(scheduler):
@@ -270,8 +272,9 @@ def test_a_device_has_a_measurement_of_its_own_and_packs_of_its_own_size():
         how |= {"n_contexts": 1, "pack_tokens": 300}
         scheduler = Scheduler(model, replicas=[(other, small)], **how)
         encoder = Tokenization(model.vocab, limit=128)
-        job = scheduler.job(encoder, len(TEXTS), dedup=False)
-        job.add([text[:60] for text in TEXTS])
+        texts = [text[:60] for text in TEXTS] * 5  # so that no worker comes too late
+        job = scheduler.job(encoder, len(texts), dedup=False)
+        job.add(texts)
         job.seal()
         job.wait()
         packs = scheduler.recent_packs()

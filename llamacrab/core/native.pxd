@@ -227,6 +227,7 @@ cdef extern from "native/scheduler.hpp" namespace "llamacrab" nogil:
         int32_t worker
         int32_t n_texts
         int32_t n_tokens
+        int32_t n_threads
         double seconds
         double wait_seconds
         double decode_seconds
@@ -235,7 +236,8 @@ cdef extern from "native/scheduler.hpp" namespace "llamacrab" nogil:
 
     cppclass scheduler:
         scheduler(limits bounds) except +
-        void add_worker(decoder &computes, int32_t pack_tokens, int32_t pack_texts) except +
+        void add_worker(decoder &computes, int32_t pack_tokens, int32_t pack_texts,
+                        int32_t n_spare_threads) except +
         cbool has_room(job &j, int64_t n_tokens, cbool wait) except +
         void give_up_place(job &j) except +
         cbool admit(job &j, unique_ptr[chunk] texts) except +

@@ -62,8 +62,8 @@ class _Replica:
 
 
 cdef tuple _make_contexts(list replicas):
-    """Return the contexts of all replicas, and the tokens per pack of each."""
-    contexts, pack_tokens = [], []
+    """Return the contexts of all replicas, and of each its tokens per pack and spare threads."""
+    contexts, pack_tokens, spare_threads = [], [], []
     # Only rows are wanted, so decoders need no LM head. For doubters there is a way back.
     headless = os.environ.get("LLAMACRAB_HEADLESS") != "0"
     # llama.cpp gives these warnings for every context; _diagnostics.py gives them once.
@@ -73,14 +73,18 @@ cdef tuple _make_contexts(list replicas):
         for turn in range(max(replica.n_contexts for replica in replicas)):
             for replica in replicas:
                 if turn < replica.n_contexts:
-                    contexts.append(
-                        Context(replica.model, _headless=headless, **replica.context_params))
+                    context = Context(
+                        replica.model, _headless=headless, **replica.context_params)
+                    # Only llamacrab's kernels take more threads than their context has.
+                    lends = replica.model.cpu_backend != "ggml"
+                    contexts.append(context)
                     pack_tokens.append(replica.pack_tokens)
+                    spare_threads.append(context.n_threads if lends else 0)
     finally:
         native.log_context_warnings(True)
     if min(pack_tokens) < 1:
         raise ContextError(f"pack_tokens must be at least 1, not {min(pack_tokens)}")
-    return contexts, pack_tokens
+    return contexts, pack_tokens, spare_threads
 
 
 cdef class Scheduler:
@@ -126,7 +130,7 @@ cdef class Scheduler:
         self._lock = threading.RLock()
         self.deterministic = deterministic
         self._queue_tokens = queue_tokens
-        handle.contexts, wanted_tokens = _make_contexts(all_replicas)
+        handle.contexts, wanted_tokens, spare_threads = _make_contexts(all_replicas)
         # A text must fit into every context, so the smallest one decides which are too long.
         self._context = min(handle.contexts, key=lambda context: context.n_tokens_max)
         self._max_pack_tokens = max(
@@ -135,7 +139,7 @@ cdef class Scheduler:
         handle.ptr = new native.scheduler(
             self._limits(max(wanted_tokens), len(handle.contexts)))
         # Without replicas, `pack_tokens` may be set to a larger value later.
-        self._start_workers(handle, wanted_tokens if replicas else None)
+        self._start_workers(handle, wanted_tokens if replicas else None, spare_threads)
         # The caller's thread splits texts into tokens, with helpers on the other CPUs.
         n_threads = sum(replica.n_threads for replica in all_replicas)
         handle.pool = new native.thread_pool(max(0, min(n_threads, MAX_TOKENIZERS) - 1))
@@ -146,7 +150,8 @@ cdef class Scheduler:
                 target=_watch, args=(handle, on_pack), name="llamacrab-watcher", daemon=True)
             self._watcher.start()
 
-    cdef int _start_workers(self, _SchedulerHandle handle, wanted_tokens) except -1:
+    cdef int _start_workers(self, _SchedulerHandle handle, wanted_tokens,
+                            list spare_threads) except -1:
         """Start a worker for each context, for packs of at most `wanted_tokens` if given."""
         cdef Context context
         cdef int pack_tokens
@@ -156,7 +161,8 @@ cdef class Scheduler:
                 if wanted_tokens is not None:
                     pack_tokens = min(pack_tokens, wanted_tokens[i])
                 handle.ptr.add_worker(
-                    context._handle.ptr[0], pack_tokens, self._pack_texts(context))
+                    context._handle.ptr[0], pack_tokens, self._pack_texts(context),
+                    spare_threads[i])
         except RuntimeError as error:  # the system has no more threads
             raise AllocationError(
                 f"cannot start {len(handle.contexts)} threads: {error}") from None
@@ -322,6 +328,7 @@ cdef class Scheduler:
         records = [tuple(_record(one).values()) for one in handle.ptr.recent_packs()]
         return np.array(records, dtype=[
             ("worker", np.int32), ("n_texts", np.int32), ("n_tokens", np.int32),
+            ("n_threads", np.int32),
             ("seconds", np.float64), ("wait_seconds", np.float64),
             ("decode_seconds", np.float64), ("copy_seconds", np.float64),
             ("queued_tokens", np.int64),
@@ -359,6 +366,7 @@ cdef dict _record(native.pack_record one):
         "worker": one.worker,
         "n_texts": one.n_texts,
         "n_tokens": one.n_tokens,
+        "n_threads": one.n_threads,
         "seconds": one.seconds,
         "wait_seconds": one.wait_seconds,
         "decode_seconds": one.decode_seconds,

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "attention_mask.hpp"
+#include "kernels.hpp"
 
 namespace llamacrab::kernels {
 
@@ -66,6 +67,15 @@ const std::vector<segment> & executor::segments_of(const ggml_tensor * attention
     return known_masks.back().second;
 }
 
+static int & threads_beyond() {
+    static thread_local int value = 0;
+    return value;
+}
+
+extra_threads::extra_threads(int n) : before(threads_beyond()) { threads_beyond() = n; }
+extra_threads::~extra_threads() { threads_beyond() = before; }
+int extra_threads::allowed() { return threads_beyond(); }
+
 ggml_status executor::run(const ggml_cgraph * graph) {
     current = make_plan(graph);
     arena.reserve(current.arena_bytes);
@@ -84,7 +94,7 @@ ggml_status executor::run(const ggml_cgraph * graph) {
 }
 
 void executor::run_step(const step & s) {
-    const parallel workers{threads, n_threads, scratch};
+    const parallel workers{threads, n_threads + extra_threads::allowed(), scratch};
     switch (s.kind) {
         case step_kind::linear: return run_linear(s, data_of(s), workers);
         case step_kind::attention:
@@ -107,8 +117,11 @@ void executor::run_rows(const step & s, row_op op) {
     const step_data data = data_of(s);
     const bool scatters = s.kind == step_kind::set_rows;
     const int rows = (int) ggml_nrows(scatters ? s.x.tensor : s.out);
-    const int blocks = n_threads > 1 ? (rows + 15) / 16 : 1;
-    threads.parallel_for(blocks, n_threads, [&](int i, int) {
+    const double n_values = (double) ggml_nelements(scatters ? s.x.tensor : s.out);
+    const int n =
+        worthwhile_threads(n_values * work_per_value, n_threads + extra_threads::allowed());
+    const int blocks = n > 1 ? (rows + 15) / 16 : 1;
+    threads.parallel_for(blocks, n, [&](int i, int) {
         op(s, data, (int) ((int64_t) rows * i / blocks), (int) ((int64_t) rows * (i + 1) / blocks));
     });
 }

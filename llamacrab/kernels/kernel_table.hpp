@@ -63,6 +63,8 @@ struct linear_args {
     const float * w_scale;  // int8_panels: the scale of each column
     const float * w_sum;    // int8_panels: the sum of each column, times its scale
     int k, m;               // columns of x, columns of y
+    int column0, column1;   // columns of y to compute: from a multiple of panel_width, or of
+                            // int16_block with y_int16, on
     const void * x;         // rows of `x_type`
     data_type x_type;
     size_t ldx;             // elements from a row of x to the next

@@ -39,4 +39,18 @@ class loading_for {
     loading_for & operator=(const loading_for &) = delete;
 };
 
+// While it lives, graphs that this thread computes with these kernels may use so many threads more
+// than their context has.
+class extra_threads {
+    const int before;
+
+  public:
+    explicit extra_threads(int n);
+    ~extra_threads();
+    extra_threads(const extra_threads &) = delete;
+    extra_threads & operator=(const extra_threads &) = delete;
+
+    static int allowed();
+};
+
 }  // namespace llamacrab::kernels

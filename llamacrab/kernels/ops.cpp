@@ -70,7 +70,7 @@ static linear_args make_linear_args(const step & s, const step_data & data) {
     a.w = s.weight->data;
     a.layout = layout_of(s.weight);
     a.k = (int) s.weight->ne[0];
-    a.m = (int) s.weight->ne[1];
+    a.m = a.column1 = (int) s.weight->ne[1];
     a.x = data.x;
     a.x_type = s.x_type;
     a.ldx = a.k;
@@ -119,10 +119,54 @@ static int block_rows(const step & s, const linear_args & a, int n_rows, int n_t
     return block;
 }
 
-void run_linear(const step & s, const step_data & data, const parallel & workers) {
+int worthwhile_threads(double work, int n_threads) {
+    constexpr double least_work = 1.5e6;  // about 40 us
+    return std::clamp((int) (work / least_work), 1, n_threads);
+}
+
+// A product of rows that are not enough for each thread to have a block: threads divide the
+// columns, so that each weight is read once.
+static void run_linear_by_columns(const step & s, const step_data & data, const parallel & workers,
+                                  const linear_args & linear) {
+    const kernel_table & set = active_kernels();
+    const int n_rows = (int) ggml_nrows(s.x.tensor), n_threads = workers.n_threads;
+    linear_args all = linear;
+    size_t scratch_size = 0;  // of each thread
+    if (s.has_tail()) {
+        scratch_size = (size_t) n_rows * linear.m;  // of all together
+        all.y = (float *) workers.scratch.reserve(scratch_size * sizeof(float));
+    } else {
+        all.y = data.y;
+        all.y_bf16 = data.y_bf16;
+        all.y_int16 = data.y_int16;
+        scratch_size = all.y_int16 ? (size_t) n_rows * int16_block : 0;
+        all.scratch = (float *) workers.scratch.reserve(scratch_size * n_threads * sizeof(float));
+    }
+    const int unit = all.y_int16 ? int16_block : panel_width;
+    const int columns = (linear.m / (3 * n_threads) + unit - 1) / unit * unit;
+    const int part = std::max(columns, unit);
+    workers.threads.parallel_for((linear.m + part - 1) / part, n_threads, [&](int i, int thread) {
+        linear_args mine = all;
+        mine.column0 = i * part;
+        mine.column1 = std::min(linear.m, (i + 1) * part);
+        if (all.y_int16) {
+            mine.scratch += thread * scratch_size;
+        }
+        set.linear(mine, 0, n_rows);
+    });
+    if (s.has_tail()) {
+        norm_args tail = make_norm_args(s, data);
+        tail.x = all.y;
+        const int n = worthwhile_threads((double) n_rows * linear.m * work_per_value, n_threads);
+        workers.threads.parallel_for(n_rows, n, [&](int i, int) { set.norm(tail, i, i + 1); });
+    }
+}
+
+static void run_linear_by_rows(const step & s, const step_data & data, const parallel & workers,
+                               const linear_args & all) {
     const kernel_table & set = active_kernels();
     const int n_rows = (int) ggml_nrows(s.x.tensor);
-    linear_args linear = make_linear_args(s, data);
+    linear_args linear = all;
     const int block = block_rows(s, linear, n_rows, workers.n_threads);
     const int n_blocks = (n_rows + block - 1) / block;
     if (!s.has_tail()) {
@@ -153,6 +197,18 @@ void run_linear(const step & s, const step_data & data, const parallel & workers
         set.linear(to_sums, row0, row1);
         set.norm(from_sums, row0, row1);
     });
+}
+
+void run_linear(const step & s, const step_data & data, const parallel & workers) {
+    const linear_args linear = make_linear_args(s, data);
+    const int n_rows = (int) ggml_nrows(s.x.tensor);
+    const double work = (double) n_rows * linear.k * linear.m;
+    const parallel fewer{workers.threads, worthwhile_threads(work, workers.n_threads),
+                         workers.scratch};
+    if (fewer.n_threads > 1 && n_rows < rows_per_block * fewer.n_threads) {
+        return run_linear_by_columns(s, data, fewer, linear);
+    }
+    run_linear_by_rows(s, data, fewer, linear);
 }
 
 void run_norm(const step & s, const step_data & data, int row0, int row1) {
@@ -226,7 +282,13 @@ void run_attention(const step & s, const step_data & data, const std::vector<seg
     // Heads that share keys and values go together, unless that leaves threads without work. (With
     // ALiBi each head has a slope of its own.)
     const int n_heads = (int) q->ne[2], n_segments = (int) segments.size();
-    const bool together = max_bias <= 0 && n_segments * (int) k->ne[2] >= 2 * workers.n_threads;
+    double work = 0;
+    for (const segment & part : segments) {
+        work +=
+            (double) (part.row1 - part.row0) * (part.key1 - part.key0) * (a.d_k + a.d_v) * n_heads;
+    }
+    const int n_threads = worthwhile_threads(work, workers.n_threads);
+    const bool together = max_bias <= 0 && n_segments * (int) k->ne[2] >= 2 * n_threads;
     const int group = together ? a.heads_per_kv : 1, n_groups = n_heads / group;
     const auto attend = [&](int i, int thread) {
         const int head = i % n_groups * group;
@@ -235,7 +297,7 @@ void run_attention(const step & s, const step_data & data, const std::vector<seg
         one.slope = alibi_slope(head, n_heads, max_bias);
         set.attention(one, segments[i / n_groups], head, group);
     };
-    workers.threads.parallel_for(n_segments * n_groups, workers.n_threads, attend);
+    workers.threads.parallel_for(n_segments * n_groups, n_threads, attend);
 }
 
 // ------------------------------------------------------------------------- operations row by row

@@ -29,6 +29,11 @@ struct step_data {
     const float * angles;  // rope only: n_dims / 2 cosines, then as many sines, for each token
 };
 
+// How many of the threads a step keeps busy for longer than it takes to wake them. Work is counted
+// in multiplications of a product.
+int worthwhile_threads(double work, int n_threads);
+constexpr int work_per_value = 30;  // of an operation that goes row by row
+
 // The threads of a step, and memory that they divide among them.
 struct parallel {
     thread_pool & threads;

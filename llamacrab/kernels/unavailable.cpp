@@ -18,5 +18,8 @@ std::string complaint_about_backend() { return ""; }
 loading_for::loading_for(cpu_backend) : before(0), int8_before(0) {}
 loading_for::~loading_for() { (void) before; }
 int loading_for::n_int8_matrices() const { return int8_before; }
+extra_threads::extra_threads(int) : before(0) {}
+extra_threads::~extra_threads() { (void) before; }
+int extra_threads::allowed() { return 0; }
 
 }  // namespace llamacrab::kernels

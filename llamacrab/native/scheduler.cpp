@@ -4,6 +4,8 @@
 #include <thread>
 #include <utility>
 
+#include "../kernels/kernels.hpp"
+
 namespace llamacrab {
 
 namespace {
@@ -21,6 +23,8 @@ struct scheduler::worker {
     int32_t number;
     decoder & computes;
     worker_limits bounds;
+    int32_t n_spare_threads;
+    int32_t n_extra_threads = 0;  // for this pack
     token_batch batch;
     std::vector<item *> pack;
     std::vector<failure> results;  // one for each text of the pack
@@ -29,10 +33,11 @@ struct scheduler::worker {
     worker_stats stats;            // [mutex]
     std::thread thread;
 
-    worker(int32_t number, decoder & computes, worker_limits bounds)
+    worker(int32_t number, decoder & computes, worker_limits bounds, int32_t n_spare_threads)
         : number(number),
           computes(computes),
           bounds(bounds),
+          n_spare_threads(n_spare_threads),
           batch(int32_t(llama_n_batch(computes.context()))) {}
 };
 
@@ -42,9 +47,11 @@ scheduler::scheduler(limits bounds) : queue(bounds) {}
 
 scheduler::~scheduler() { close(); }
 
-void scheduler::add_worker(decoder & computes, int32_t pack_tokens, int32_t pack_texts) {
-    auto made = std::make_unique<worker>(int32_t(workers.size()), computes,
-                                         worker_limits{pack_tokens, size_t(pack_texts)});
+void scheduler::add_worker(decoder & computes, int32_t pack_tokens, int32_t pack_texts,
+                           int32_t n_spare_threads) {
+    auto made =
+        std::make_unique<worker>(int32_t(workers.size()), computes,
+                                 worker_limits{pack_tokens, size_t(pack_texts)}, n_spare_threads);
     worker & w = *made;
     {
         std::lock_guard<std::mutex> hold(mutex);
@@ -180,20 +187,25 @@ bool scheduler::take_pack(worker & w) {
     const auto idle_since = clock::now();
     std::unique_lock<std::mutex> hold(mutex);
     n_idle += 1;
+    n_spare_threads += w.n_spare_threads;
     work.wait(hold, [&] { return queue.closed() || queue.has_texts(); });
     n_idle -= 1;
+    n_spare_threads -= w.n_spare_threads;
     if (queue.closed()) {
         return false;
     }
     queue.take_pack(w.bounds, workers.size(), n_idle > 0, w.pack);
+    w.n_extra_threads = queue.has_texts() ? 0 : n_spare_threads;
     w.computes.abort = false;
     w.seconds = decode_seconds();
     w.record = pack_record();
+    w.record.n_threads = llama_n_threads_batch(w.computes.context()) + w.n_extra_threads;
     w.record.wait_seconds = seconds_between(idle_since, clock::now());
     return true;
 }
 
 void scheduler::compute(worker & w) {
+    const kernels::extra_threads scope(w.n_extra_threads);
     w.results.assign(w.pack.size(), failure());
     compute_some(w, 0, w.pack.size());
     if (w.pack.size() == 1) {

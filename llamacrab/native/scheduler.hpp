@@ -26,6 +26,7 @@ struct pack_record {
     int32_t n_texts = 0;
     int32_t n_tokens = 0;
     double seconds = 0;       // from taking it until its last row is written
+    int32_t n_threads = 0;    // that its computation could use
     double wait_seconds = 0;  // that the worker waited for it
     double decode_seconds = 0;
     double copy_seconds = 0;
@@ -48,7 +49,9 @@ class scheduler {
 
     // Start a worker. The decoder belongs to the caller, who keeps it until close() has returned.
     // The models of all decoders must be the same, except for the device that they are on.
-    void add_worker(decoder & computes, int32_t pack_tokens, int32_t pack_texts);
+    // While it waits for texts, another worker may use `n_spare_threads` more.
+    void add_worker(decoder & computes, int32_t pack_tokens, int32_t pack_texts,
+                    int32_t n_spare_threads);
     // Stop all workers, fail all jobs, and return when no worker is left.
     void close();
 
@@ -108,6 +111,7 @@ class scheduler {
     std::condition_variable reports;      // next_finished waits for the end of a job
     text_queue queue;                     // [mutex]
     int64_t n_idle = 0;                   // [mutex] workers that wait for texts
+    int32_t n_spare_threads = 0;          // [mutex] of those
     bool drained = false;                 // [mutex] closed, and no worker is left
     std::deque<pack_record> packs;        // [mutex] the last ones
     int64_t n_packs = 0;                  // [mutex] packs that have ended

@@ -114,8 +114,8 @@ class Calibration:
         return None
 
     def _measured(self, n: int) -> np.ndarray:
-        """Return the last `n` packs, without those of a single long text."""
-        packs = self._scheduler.recent_packs()[-n:]
+        """Return the last `n` packs, without single long texts and those that had more threads."""
+        packs = _with_their_own_threads(self._scheduler.recent_packs()[-n:])
         return packs[(packs["n_tokens"] > 0) & (packs["n_tokens"] <= self._sizes[-1])]
 
     def _taken_by_others(self, packs: np.ndarray, cpu_seconds: float) -> float:
@@ -190,7 +190,7 @@ def tune(
                 if report:
                     report(table[-1])
             packs_of[layout.n_contexts, layout.n_threads, layout.flash_attn] = (
-                scheduler.recent_packs()
+                _with_their_own_threads(scheduler.recent_packs())
             )
         finally:
             scheduler.close()
@@ -198,6 +198,13 @@ def tune(
     measured = packs_of[best.n_contexts, best.n_threads, best.flash_attn]
     fits = {name: fit(found) for name, found in packs_of.items()}
     return Tuning(best, table, fits, n_packs=len(measured), noise=spread_of(measured))
+
+
+def _with_their_own_threads(packs: np.ndarray) -> np.ndarray:
+    """Return the packs for which no idle worker lent its threads."""
+    if len(packs) == 0:
+        return packs
+    return packs[packs["n_threads"] == packs["n_threads"].min()]
 
 
 def _n_texts(pack_tokens: int, n_contexts: int, n_tokens: int) -> int:

@@ -25,26 +25,46 @@ constexpr int tile = 4;
 #endif
 constexpr int vectors = panel_width / width;                // per panel
 constexpr int vectors_at_once = vectors < 2 ? vectors : 2;  // computed together
+constexpr int chunk_of_k = 32;
+
+// Prefetches weights that come later, some lines with each chunk of k: a burst of them would stall.
+struct prefetcher {
+    const char *at, *end;
+    int lines;  // for each chunk
+
+    inline __attribute__((always_inline)) void next() {
+        const char * stop = at + lines * 64 < end ? at + lines * 64 : end;
+        for (; at < stop; at += 64) {
+            __builtin_prefetch(at, 0, 2);  // into L2: the next block and this one do not fit in L1
+        }
+    }
+};
+
+LC_INLINE prefetcher no_prefetch() { return {nullptr, nullptr, 0}; }
 
 // out[t * ldo + 0..31] = sum over k of x[t][k] * w[k][0..31]. Added to what is there if not
 // `begin`.
 template <int NT>
 LC_INLINE void product_f32(const float * w, const float * x, size_t ldx, int k, float * out,
-                           size_t ldo, bool begin = true) {
+                           size_t ldo, bool begin = true, prefetcher ahead = no_prefetch()) {
     for (int first = 0; first < vectors; first += vectors_at_once) {
         vf acc[NT][vectors_at_once] = {};
-        for (int i = 0; i < k; i++) {
-            const float * row = w + (size_t) i * panel_width + first * width;
-            vf b[vectors_at_once];
-            for (int j = 0; j < vectors_at_once; j++) {
-                b[j] = load(row + j * width);
-            }
-#pragma GCC unroll 12
-            for (int t = 0; t < NT; t++) {
-                const vf a = splat(x[t * ldx + i]);
-#pragma GCC unroll 2
+        for (int chunk = 0; chunk < k; chunk += chunk_of_k) {
+            ahead.next();
+            const int end = k - chunk < chunk_of_k ? k : chunk + chunk_of_k;
+            for (int i = chunk; i < end; i++) {
+                const float * row = w + (size_t) i * panel_width + first * width;
+                vf b[vectors_at_once];
                 for (int j = 0; j < vectors_at_once; j++) {
-                    acc[t][j] += a * b[j];
+                    b[j] = load(row + j * width);
+                }
+#pragma GCC unroll 12
+                for (int t = 0; t < NT; t++) {
+                    const vf a = splat(x[t * ldx + i]);
+#pragma GCC unroll 2
+                    for (int j = 0; j < vectors_at_once; j++) {
+                        acc[t][j] += a * b[j];
+                    }
                 }
             }
         }
@@ -63,22 +83,27 @@ LC_INLINE void product_f32(const float * w, const float * x, size_t ldx, int k, 
 // is there if not `begin`.
 template <int NT>
 LC_INLINE void product_int16(const int16_t * w, const float * w_scale, const int16_t * x,
-                             const float * x_scale, size_t ldx, int k, float * sums, bool begin) {
+                             const float * x_scale, size_t ldx, int k, float * sums, bool begin,
+                             prefetcher ahead) {
     for (int first = 0; first < vectors; first += vectors_at_once) {
         vi acc[NT][vectors_at_once] = {};
-        for (int i = 0; i < k; i += 2) {
-            vi b[vectors_at_once];
-            for (int j = 0; j < vectors_at_once; j++) {
-                b[j] = load_i(w + (size_t) i * panel_width + (first + j) * width * 2);
-            }
-#pragma GCC unroll 12
-            for (int t = 0; t < NT; t++) {
-                int32_t pair;
-                std::memcpy(&pair, x + t * ldx + i, sizeof pair);
-                const vi a = vi{} + pair;
-#pragma GCC unroll 2
+        for (int chunk = 0; chunk < k; chunk += chunk_of_k) {
+            ahead.next();
+            const int end = k - chunk < chunk_of_k ? k : chunk + chunk_of_k;
+            for (int i = chunk; i < end; i += 2) {
+                vi b[vectors_at_once];
                 for (int j = 0; j < vectors_at_once; j++) {
-                    acc[t][j] = add_pair_products(acc[t][j], b[j], a);
+                    b[j] = load_i(w + (size_t) i * panel_width + (first + j) * width * 2);
+                }
+#pragma GCC unroll 12
+                for (int t = 0; t < NT; t++) {
+                    int32_t pair;
+                    std::memcpy(&pair, x + t * ldx + i, sizeof pair);
+                    const vi a = vi{} + pair;
+#pragma GCC unroll 2
+                    for (int j = 0; j < vectors_at_once; j++) {
+                        acc[t][j] = add_pair_products(acc[t][j], b[j], a);
+                    }
                 }
             }
         }
@@ -190,21 +215,25 @@ LC_INLINE __m256i splat_quadruple(const uint8_t * x) {
 // Sums of uint8 times int8; k is padded to a multiple of 8.
 template <int NT>
 LC_INLINE void product_int8(const int8_t * w, const uint8_t * x, size_t ldx, int k, int32_t * out,
-                            bool begin) {
+                            bool begin, prefetcher ahead) {
     for (int first = 0; first < vectors; first += 2) {
         __m256i a[NT], b[NT];
 #pragma GCC unroll 4
         for (int t = 0; t < NT; t++) {
             a[t] = b[t] = _mm256_setzero_si256();
         }
-        for (int i = 0; i < k; i += 8) {
-            const int8_t * row = w + (size_t) i * panel_width + first * width * 4;
+        for (int chunk = 0; chunk < k; chunk += chunk_of_k) {
+            ahead.next();
+            const int end = k - chunk < chunk_of_k ? k : chunk + chunk_of_k;
+            for (int i = chunk; i < end; i += 8) {
+                const int8_t * row = w + (size_t) i * panel_width + first * width * 4;
 #pragma GCC unroll 4
-            for (int t = 0; t < NT; t++) {
-                const __m256i x0 = splat_quadruple(x + t * ldx + i);
-                const __m256i x1 = splat_quadruple(x + t * ldx + i + 4);
-                a[t] = add_byte_products(a[t], row, x0, x1);
-                b[t] = add_byte_products(b[t], row + width * 4, x0, x1);
+                for (int t = 0; t < NT; t++) {
+                    const __m256i x0 = splat_quadruple(x + t * ldx + i);
+                    const __m256i x1 = splat_quadruple(x + t * ldx + i + 4);
+                    a[t] = add_byte_products(a[t], row, x0, x1);
+                    b[t] = add_byte_products(b[t], row + width * 4, x0, x1);
+                }
             }
         }
 #pragma GCC unroll 4
@@ -353,8 +382,9 @@ struct f32_part {
     const float * end() const { return w + (size_t) k * panel_width; }
 
     template <int NT>
-    inline __attribute__((always_inline)) void multiply(int t, float * sums, bool begin) const {
-        product_f32<NT>(w, x + t * ldx, ldx, k, sums, panel_width, begin);
+    inline __attribute__((always_inline)) void multiply(int t, float * sums, bool begin,
+                                                        prefetcher ahead) const {
+        product_f32<NT>(w, x + t * ldx, ldx, k, sums, panel_width, begin, ahead);
     }
 };
 
@@ -379,10 +409,11 @@ struct int16_part {
     const float * end() const { return w_scale + panel_width; }
 
     template <int NT>
-    inline __attribute__((always_inline)) void multiply(int t, float * sums, bool begin) const {
+    inline __attribute__((always_inline)) void multiply(int t, float * sums, bool begin,
+                                                        prefetcher ahead) const {
         product_int16<NT>(w, w_scale, x + t * ldx,
                           (const float *) ((const int16_t *) x_scale + t * ldx), ldx, k, sums,
-                          begin);
+                          begin, ahead);
     }
 };
 
@@ -404,8 +435,9 @@ struct int8_part {
     const int8_t * end() const { return w + (size_t) int8_padded(k) * panel_width; }
 
     template <int NT>
-    inline __attribute__((always_inline)) void multiply(int t, float * sums, bool begin) const {
-        product_int8<NT>(w, x + t * ldx, ldx, k, (int32_t *) sums, begin);
+    inline __attribute__((always_inline)) void multiply(int t, float * sums, bool begin,
+                                                        prefetcher ahead) const {
+        product_int8<NT>(w, x + t * ldx, ldx, k, (int32_t *) sums, begin, ahead);
     }
 };
 #endif
@@ -413,31 +445,35 @@ struct int8_part {
 // Rows that are multiplied with a block. A multiple of every tile.
 constexpr int rows_at_once = 96;
 
-LC_INLINE void prefetch(const char * from, size_t bytes) {
-    for (size_t i = 0; i < bytes; i += 64) {
-        __builtin_prefetch(from + i);
-    }
+// What `rows` of `all` rows prefetch of what comes after their block, which has as many bytes: the
+// next block, or panel.
+template <class block>
+LC_INLINE prefetcher share_of(const block & part, int row, int rows, int all) {
+    const char * next = (const char *) part.end();
+    const int lines = (int) ((next - (const char *) part.w + 63) / 64);
+    const int first = lines * row / all, last = lines * (row + rows) / all;
+    const int chunks = (part.k + chunk_of_k - 1) / chunk_of_k * (vectors / vectors_at_once);
+    return {next + first * 64, next + last * 64, (last - first + chunks - 1) / chunks};
 }
 
-// Sums of up to rows_at_once rows with all of k. Each tile prefetches a part of what comes after
-// the block, because weights that do not fit in L2 are otherwise waited for.
+// Sums of up to rows_at_once rows with all of k.
 template <class block>
 LC_INLINE void multiply_blocks(const linear_args & a, const char * panel, int row, int rows,
                                float * sums) {
     for (int i = 0; i < a.k; i += block::size) {
         const block part(a, panel, row, i);
-        const char * ahead = (const char *) part.end();  // of the next block, or panel
-        const size_t bytes = ahead - (const char *) part.w;
         int t = 0;
         for (; t + block::tile <= rows; t += block::tile) {
-            prefetch(ahead + bytes * t / rows, bytes * block::tile / rows);
-            part.template multiply<block::tile>(t, sums + t * panel_width, i == 0);
+            part.template multiply<block::tile>(t, sums + t * panel_width, i == 0,
+                                                share_of(part, t, block::tile, rows));
         }
         for (; t + 2 <= rows; t += 2) {
-            part.template multiply<2>(t, sums + t * panel_width, i == 0);
+            part.template multiply<2>(t, sums + t * panel_width, i == 0,
+                                      share_of(part, t, 2, rows));
         }
         if (t < rows) {
-            part.template multiply<1>(t, sums + t * panel_width, i == 0);
+            part.template multiply<1>(t, sums + t * panel_width, i == 0,
+                                      share_of(part, t, 1, rows));
         }
     }
 }
@@ -447,8 +483,8 @@ LC_INLINE void write_int16_block(const linear_args & a, int begin, int end, int 
     for (int row = row0; row < row1; row++) {
         const float * from = a.scratch + (size_t) (row - row0) * int16_block;
         int16_t * to = a.y_int16 + (size_t) row * int16_row(a.m);
-        if (begin == 0) {
-            to[int16_padded(a.m) - 1] = 0;
+        if (end == a.m && end % 2 != 0) {
+            to[end] = 0;  // pads a pair
         }
         quantize_block_int16(from, end - begin, to + begin,
                              (float *) (to + int16_padded(a.m)) + begin / int16_block);
@@ -463,7 +499,7 @@ LC_INLINE void linear_in_blocks(const linear_args & a, int row0, int row1) {
     alignas(64) float sums[rows_at_once * panel_width];
     const size_t bytes = panel_bytes(a.layout, a.k);
     linear_args out = a;
-    for (int column = 0; column < a.m; column += panel_width) {
+    for (int column = a.column0; column < a.column1; column += panel_width) {
         const int begin = column / int16_block * int16_block;
         if (a.y_int16) {
             out.y = a.scratch - (size_t) row0 * int16_block - begin;
@@ -508,7 +544,7 @@ LC_INLINE void linear_rest(const linear_args & a, const char * panel, int row, i
 LC_INLINE void linear_in_tiles(const linear_args & a, int row0, int row1) {
     alignas(64) float sums[tile * panel_width];
     const size_t bytes = panel_bytes(a.layout, a.k);
-    for (int column = 0; column < a.m; column += panel_width) {
+    for (int column = a.column0; column < a.column1; column += panel_width) {
         const char * panel = (const char *) a.w + column / panel_width * bytes;
         int row = row0;
         // Prefetch the next panel while this one is multiplied, an eighth with each tile: else the

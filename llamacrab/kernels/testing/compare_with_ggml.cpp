@@ -476,6 +476,13 @@ static std::unique_ptr<test_case> make_case(const std::string & kind, field_read
 
 // ----------------------------------------------------------------------------------- comparison
 
+static void set_n_threads(ggml_backend_t backend, int n) {
+    ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(backend));
+    const auto set = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(
+        reg, "ggml_backend_set_n_threads");
+    set(backend, n);
+}
+
 double compare_with_ggml(const std::string & kind,
                          const std::map<std::string, field_value> & fields) {
     const std::unique_ptr<test_case> test = make_case(kind, field_reader(fields));
@@ -486,10 +493,8 @@ double compare_with_ggml(const std::string & kind,
                       ggml_backend_free);
     // ggml's threads spin while they wait for each other: one is faster for graphs as small as
     // these.
-    const auto set_n_threads = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(
-        ggml_backend_dev_backend_reg(ggml_backend_get_device(cpu.get())),
-        "ggml_backend_set_n_threads");
     set_n_threads(cpu.get(), 1);
+    set_n_threads(ours.get(), 3);
     ggml_backend_buffer_type_t packed_type;
     {
         const loading_for scope(test->int8 ? cpu_backend::int8 : cpu_backend::llamacrab);
