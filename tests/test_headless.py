@@ -201,7 +201,8 @@ def test_a_text_with_nan_fails_alone(tmp_path, pooling):
 
 
 def test_a_running_headless_pack_can_be_cancelled():
-    with Llama(gguf_path("tiny-qwen3"), **SIZES) as llama:
+    # All texts fit in the queue, so that `submit` returns when hardly one is computed.
+    with Llama(gguf_path("tiny-qwen3"), queue_tokens=10_000_000, **SIZES) as llama:
         expected = llama.embed(TEXTS[0], truncate=True)
         bulk = llama.submit([f"{i} {TEXTS[i % 100]}"[:200] for i in range(20_000)])
         threading.Event().wait(0.05)

@@ -111,6 +111,13 @@ bool may_go_headless(const llama_model * model, const llama_context_params & par
     }
 }
 
+// llama.cpp keeps room for a row of logits for each output, and copies them, computed or not. So
+// where every token is an output, few go into a call.
+int32_t outputs_with_room(int32_t n_vocab) {
+    constexpr int32_t least = 32, most_bytes = 64 << 20;
+    return std::max(least, int32_t(most_bytes / sizeof(float) / n_vocab));
+}
+
 }  // namespace
 
 void token_batch::add(const int32_t * ids, int32_t n_tokens, int32_t first_pos, int32_t seq_id,
@@ -141,14 +148,19 @@ std::unique_ptr<decoder> decoder::make(llama_model * model, llama_context_params
         made->params.cb_eval = [](ggml_tensor * tensor, bool ask, void * data) {
             return static_cast<decoder *>(data)->take_rows(tensor, ask);
         };
-        if (made->wanted_outputs() != output_tokens::all) {
-            made->params.n_outputs_max = params.n_seq_max;
+        made->n_part = int32_t(params.n_ubatch);
+        if (made->wanted_outputs() == output_tokens::all) {
+            const int32_t n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(model));
+            made->n_part = std::min(made->n_part, outputs_with_room(n_vocab));
         }
+        const auto most = uint32_t(made->wanted_outputs() == output_tokens::all ? made->n_part : 0);
+        made->params.n_outputs_max = std::max(most, params.n_seq_max);
     }
     made->ctx = make_context(model, made->params);
     if (!made->ctx) {
         return nullptr;
     }
+    made->n_part = std::min(made->n_part, int32_t(llama_n_ubatch(made->ctx)));
     made->watch_abort();
     return made;
 }
@@ -311,10 +323,9 @@ int32_t decoder::decode_batch(const token_batch & batch) {
     n_hidden = 0;
     // Each call is one ubatch, which must be one graph with as many rows as it has outputs. So
     // llama.cpp has not split it in another way, and the rows are in order.
-    const auto n_ubatch = int32_t(llama_n_ubatch(ctx));
-    for (int32_t first = 0; first < batch.n_tokens() && !refused; first += n_ubatch) {
+    for (int32_t first = 0; first < batch.n_tokens() && !refused; first += n_part) {
         llama_batch part = batch.batch;
-        part.n_tokens = std::min(n_ubatch, batch.n_tokens() - first);
+        part.n_tokens = std::min(n_part, batch.n_tokens() - first);
         part.token += first;
         part.pos += first;
         part.n_seq_id += first;

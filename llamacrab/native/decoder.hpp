@@ -115,6 +115,7 @@ class decoder {
     llama_context_params params;
     // While the LM head is left out:
     bool headless = false;
+    int32_t n_part = 0;  // tokens of a call
     llama_context_params params_with_head{};
     std::vector<float> hidden;  // rows of the output tokens, in the order of the batch
     size_t n_hidden = 0;        // of them, how many are there
