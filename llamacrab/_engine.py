@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
     from pathlib import Path
 
-    from llamacrab._core import Job
+    from llamacrab._core import Job, PoolingType
     from llamacrab.tuning import Layout
 
 # A text longer than this many tokens needs an explicit n_ctx: the buffers for it are large.
@@ -86,8 +86,10 @@ class Engine:
         The layout as far as the caller gave it.
     n_cpus : int
         CPUs that all contexts together may use; 0: all that the process may use.
+    choose_pooling : callable
+        Called with the first model; returns the pooling of all contexts.
     scheduler_params : dict
-        Keywords of the `Scheduler`, ``deterministic`` among them.
+        The other keywords of the `Scheduler`, ``deterministic`` among them.
 
     Attributes
     ----------
@@ -119,6 +121,7 @@ class Engine:
         n_seq_max: int,
         given: Layout,
         n_cpus: int = 0,
+        choose_pooling: Callable[[Model], PoolingType],
         scheduler_params: dict[str, Any],
     ) -> None:
         places = devices or (None,)
@@ -155,6 +158,7 @@ class Engine:
             for gpu, entry in zip(on_gpu, known, strict=True)
         ]
         n_ctx = n_ctx or min(self.models[0].n_ctx_train, N_CTX_DEFAULT_MAX)
+        scheduler_params = {"pooling_type": choose_pooling(self.models[0]), **scheduler_params}
         self.scheduler = self._start(
             n_ctx, n_ubatch, n_seq_max, scheduler_params, may_shrink=not given.pack_tokens
         )

@@ -18,8 +18,9 @@ from llamacrab._engine import Engine
 from llamacrab.errors import ClosedError, DeviceError, InputError, PoolingError
 from llamacrab.models.default import resolve
 from llamacrab.options import EmbedKeywords, EmbedOptions, merge
+from llamacrab.requests.answers import answer_head
 from llamacrab.requests.embedding import EmbedPipeline, EmbedRequest
-from llamacrab.requests.pair_template import Pairs, PairTemplate
+from llamacrab.requests.pair_template import Pairs, PairTemplate, common_ids, pair_format
 from llamacrab.requests.prompts import prompts_of
 from llamacrab.requests.reranking import RerankRequest, Scoring, warn_about_scores
 from llamacrab.requests.texts import as_iterator, as_list, as_pairs, is_one
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self, Unpack
 
+    from llamacrab._core import Model
     from llamacrab.options import Truncate
+    from llamacrab.requests.answers import AnswerHead
     from llamacrab.requests.reranking import Activation, RerankResult
 
     Text: TypeAlias = str | Sequence[int] | np.ndarray
@@ -102,7 +105,15 @@ class Llama:
         should be equally fast. `n_contexts` and `n_threads` are per copy.
     pooling_type : PoolingType or str
         How the rows of a text's tokens become its embedding, also by name, such as ``"mean"``;
-        UNSPECIFIED: as the GGUF says, else MEAN.
+        UNSPECIFIED: as the GGUF says, else RANK for a known reranker, else MEAN.
+    answers : str or sequence of str, optional
+        Rerank with a causal model that has no rank head, by the logits of these tokens: the answer
+        that counts, such as ``"Yes"``, or that answer and its opposite, such as ``("yes", "no")``.
+        Implies ``pooling_type="rank"``. Models of known families need no answers: see
+        docs/rerank.md.
+    template : str, optional
+        Format of a reranker's pairs, with ``{query}``, ``{document}`` and, if each call passes one,
+        ``{instruction}``. By default that of the GGUF, or that of the model's family.
     flash_attn : bool or "auto"
         Flash attention.
     use_mmap, use_mlock : bool
@@ -142,6 +153,8 @@ class Llama:
     ------
     ModelError, ContextError, PoolingError, AllocationError
         The model or the sizes cannot be used; see `llamacrab.errors`.
+    InputError
+        An answer is not one token of the model, or `template` lacks a placeholder or is missing.
 
     Examples
     --------
@@ -166,6 +179,8 @@ class Llama:
         split_mode: SplitMode = SplitMode.LAYER,
         devices: Sequence[str] | None = None,
         pooling_type: PoolingType | str = PoolingType.UNSPECIFIED,
+        answers: str | Sequence[str] | None = None,
+        template: str | None = None,
         flash_attn: bool | str = "auto",
         use_mmap: bool = True,
         use_mlock: bool = False,
@@ -181,6 +196,19 @@ class Llama:
         self._path = None if path is None else Path(path).absolute()
         if isinstance(devices, str) or (devices is not None and not devices):
             raise DeviceError(f"devices must be a list of names, such as ['CPU'], not {devices!r}")
+        self._answers: AnswerHead | None = None
+
+        def choose_pooling(model: Model) -> PoolingType:
+            wanted = PoolingType(cast("int", pooling_type))  # also by name
+            self._answers = answer_head(model, wanted, answers)
+            self._pair_format = pair_format(model, template, has_answers=self._answers is not None)
+            if self._answers is not None:
+                return PoolingType.LAST  # the logits are made of the last token's row
+            pooling = model.pooling_type if wanted == PoolingType.UNSPECIFIED else wanted
+            if template is not None and pooling != PoolingType.RANK:
+                raise InputError("template= is for rerankers: pass pooling_type='rank' too")
+            return wanted
+
         self._engine = Engine(
             resolve(path),
             devices=devices,
@@ -197,8 +225,8 @@ class Llama:
             n_seq_max=n_seq_max,
             given=Layout(n_contexts, n_threads, pack_tokens or n_ubatch, flash_attn),
             n_cpus=n_cpus,
+            choose_pooling=choose_pooling,
             scheduler_params={
-                "pooling_type": pooling_type,
                 "queue_tokens": queue_tokens,
                 "deterministic": deterministic,
                 "on_pack": on_pack,
@@ -293,7 +321,9 @@ class Llama:
 
     @property
     def pooling_type(self) -> PoolingType:
-        """How the rows of a text's tokens become its embedding."""
+        """How the rows of a text's tokens become its embedding; RANK for every reranker."""
+        if self._answers is not None:
+            return PoolingType.RANK
         return self._engine.scheduler.context.pooling_type
 
     # ------------------------------------------------------------------------------- embedding
@@ -586,6 +616,7 @@ class Llama:
         top_k: None = None,
         activation: Activation = "none",
         return_documents: Literal[False] = False,
+        instruction: str | None = None,
         truncate: Truncate = False,
         timeout: float | None = None,
     ) -> np.ndarray: ...
@@ -599,6 +630,7 @@ class Llama:
         top_k: int,
         activation: Activation = "none",
         return_documents: bool = False,
+        instruction: str | None = None,
         truncate: Truncate = False,
         timeout: float | None = None,
     ) -> list[RerankResult]: ...
@@ -612,6 +644,7 @@ class Llama:
         top_k: int | None = None,
         activation: Activation = "none",
         return_documents: Literal[True],
+        instruction: str | None = None,
         truncate: Truncate = False,
         timeout: float | None = None,
     ) -> list[RerankResult]: ...
@@ -624,10 +657,11 @@ class Llama:
         top_k: int | None = None,
         activation: Activation = "none",
         return_documents: bool = False,
+        instruction: str | None = None,
         truncate: Truncate = False,
         timeout: float | None = None,
     ) -> np.ndarray | list[RerankResult]:
-        """Return how well each document answers the query, by the model's own head.
+        """Return how well each document answers the query, by the model's head or its answers.
 
         Parameters
         ----------
@@ -640,9 +674,13 @@ class Llama:
         activation : {"none", "sigmoid", "softmax"}
             Applied to the outputs of the head: the logistic function to each, or the softmax over
             the classes of a head with several classes. Neither changes the scores of Qwen3
-            rerankers, which llama.cpp has already turned into probabilities.
+            rerankers, which are probabilities already. Scores by answers are raw logits otherwise;
+            of the difference of two, the logistic function is the probability of the first.
         return_documents : bool
             Return sorted results that hold the documents themselves.
+        instruction : str, optional
+            The task, for models that were trained to read one (Qwen3-Reranker, mxbai-rerank-v2) and
+            for a `template` with ``{instruction}``.
         truncate : bool or {"end", "start", "middle"}
             Which part of a document to cut away if the pair is too long, instead of raising; True
             is the end. Only the document is cut.
@@ -652,8 +690,9 @@ class Llama:
         Returns
         -------
         ndarray of float32, shape (n_documents,)
-            Scores in the order of the documents, higher is better. They are the head's raw outputs;
-            for Qwen3 rerankers llama.cpp's graph gives the probability of "yes" instead.
+            Scores in the order of the documents, higher is better. They are the head's raw outputs,
+            or the logit of the model's answer, minus that of the opposite answer if there is one.
+            Qwen3 rerankers give the probability of "yes".
             A head with several classes gives shape (n_documents, n_cls_out), named by `labels`.
         list of RerankResult
             With `top_k` or `return_documents`: ``index``, ``score`` and ``document``, best first.
@@ -665,12 +704,12 @@ class Llama:
         TextTooLongError
             A pair is too long.
         InputError
-            An argument is wrong, or does not fit this head: the softmax over one output, or sorted
-            documents with several classes.
+            An argument is wrong, or does not fit this model: the softmax over one output, sorted
+            documents with several classes, or an instruction for a model that takes none.
         """
         documents = as_list(documents, "rerank")
         request = self._rerank_request(
-            query, documents, truncate, activation, top_k, return_documents
+            query, documents, instruction, truncate, activation, top_k, return_documents
         )
         return cast("np.ndarray", self._engine.run(request, timeout=timeout))
 
@@ -682,6 +721,7 @@ class Llama:
         top_k: int | None = None,
         activation: Activation = "none",
         return_documents: bool = False,
+        instruction: str | None = None,
         truncate: Truncate = False,
         block: bool = True,
     ) -> Future[Any]:
@@ -689,7 +729,7 @@ class Llama:
 
         Parameters
         ----------
-        query, documents, top_k, activation, return_documents, truncate
+        query, documents, top_k, activation, return_documents, instruction, truncate
             As for `rerank`.
         block : bool
             Wait while the queue is full; else raise `QueueFull`.
@@ -701,7 +741,7 @@ class Llama:
         """
         documents = as_list(documents, "submit_rerank")
         request = self._rerank_request(
-            query, documents, truncate, activation, top_k, return_documents
+            query, documents, instruction, truncate, activation, top_k, return_documents
         )
         return self._engine.submit(request, block=block)
 
@@ -710,6 +750,7 @@ class Llama:
         pairs: Iterable[tuple[str, str]],
         *,
         activation: Activation = "none",
+        instruction: str | None = None,
         truncate: Truncate = False,
         timeout: float | None = None,
     ) -> np.ndarray:
@@ -721,7 +762,7 @@ class Llama:
         ----------
         pairs : iterable of (str, str)
             Query and document of each pair.
-        activation, truncate, timeout
+        activation, instruction, truncate, timeout
             As for `rerank`.
 
         Returns
@@ -729,7 +770,9 @@ class Llama:
         ndarray of float32, shape (n_pairs,)
             Scores in the order of the pairs; with several classes shape (n_pairs, n_cls_out).
         """
-        request = self._pairs_request(as_pairs(pairs, "rerank_pairs"), activation, truncate)
+        request = self._pairs_request(
+            as_pairs(pairs, "rerank_pairs"), instruction, activation, truncate
+        )
         return cast("np.ndarray", self._engine.run(request, timeout=timeout))
 
     @overload
@@ -741,6 +784,7 @@ class Llama:
         top_k: None = None,
         activation: Activation = "none",
         return_documents: Literal[False] = False,
+        instruction: str | None = None,
         truncate: Truncate = False,
     ) -> np.ndarray: ...
 
@@ -753,6 +797,7 @@ class Llama:
         top_k: int,
         activation: Activation = "none",
         return_documents: bool = False,
+        instruction: str | None = None,
         truncate: Truncate = False,
     ) -> list[RerankResult]: ...
 
@@ -765,6 +810,7 @@ class Llama:
         top_k: int | None = None,
         activation: Activation = "none",
         return_documents: Literal[True],
+        instruction: str | None = None,
         truncate: Truncate = False,
     ) -> list[RerankResult]: ...
 
@@ -776,12 +822,13 @@ class Llama:
         top_k: int | None = None,
         activation: Activation = "none",
         return_documents: bool = False,
+        instruction: str | None = None,
         truncate: Truncate = False,
     ) -> np.ndarray | list[RerankResult]:
         """Await how well each document answers the query; see `rerank`."""
         documents = as_list(documents, "arerank")
         request = self._rerank_request(
-            query, documents, truncate, activation, top_k, return_documents
+            query, documents, instruction, truncate, activation, top_k, return_documents
         )
         return cast("np.ndarray", await self._engine.arun(request))
 
@@ -790,10 +837,13 @@ class Llama:
         pairs: Iterable[tuple[str, str]],
         *,
         activation: Activation = "none",
+        instruction: str | None = None,
         truncate: Truncate = False,
     ) -> np.ndarray:
         """Await how well the document of each pair answers its query; see `rerank_pairs`."""
-        request = self._pairs_request(as_pairs(pairs, "arerank_pairs"), activation, truncate)
+        request = self._pairs_request(
+            as_pairs(pairs, "arerank_pairs"), instruction, activation, truncate
+        )
         return cast("np.ndarray", await self._engine.arun(request))
 
     # ------------------------------------------------------------------------------- statistics
@@ -852,15 +902,17 @@ class Llama:
                 + (
                     ": make it with pooling_type=PoolingType.RANK to rerank"
                     if self.model.has_rank_head
-                    else " and has no classification head: reranking needs a reranker's GGUF"
+                    else " and has no classification head: reranking needs a reranker's GGUF, or "
+                    "answers= for a causal model that answers with a token"
                 )
             )
-        return Scoring(self.model, activation, **scoring_kwargs)
+        return Scoring(self.model, self._answers, activation, **scoring_kwargs)
 
     def _rerank_request(
         self,
         query: str,
         documents: list[str],
+        instruction: str | None,
         truncate: Truncate,
         activation: Activation,
         top_k: int | None,
@@ -869,25 +921,34 @@ class Llama:
         scoring = self._scoring(
             activation, documents=documents, top_k=top_k, return_documents=return_documents
         )
-        template = PairTemplate(self.model, query)
+        template = PairTemplate(self.model, query, self._pair_format, instruction)
         tokenization = template.tokenization(
             limit=self.n_ctx, truncate=truncate, larger=self._engine.larger
         )
         return RerankRequest(tokenization, documents, scoring)
 
     def _pairs_request(
-        self, pairs: list[Any], activation: Activation, truncate: Truncate
+        self,
+        pairs: list[Any],
+        instruction: str | None,
+        activation: Activation,
+        truncate: Truncate,
     ) -> RerankRequest:
+        scoring = self._scoring(activation)
+        common = common_ids(self.model, self._pair_format, instruction)
         return RerankRequest(
-            Tokenization(self.model.vocab, limit=self.n_ctx),
+            # Its input are ids. Only the scheduler uses the prefix, for what the pairs share.
+            Tokenization(self.model.vocab, limit=self.n_ctx, prefix_ids=common),
             Pairs(
                 self.model,
                 pairs,
+                self._pair_format,
+                instruction,
                 limit=self.n_ctx,
                 truncate=truncate,
                 larger=self._engine.larger,
             ),
-            self._scoring(activation),
+            scoring,
         )
 
 

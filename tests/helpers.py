@@ -134,30 +134,51 @@ def rewrite_gguf(
     fields: dict[str, tuple[object, gguf.GGUFValueType]] | None = None,
     drop: tuple[str, ...] = (),
     tensors: dict[str, np.ndarray] | None = None,
+    *,
+    architecture: str | None = None,
+    quantized: dict[str, gguf.GGMLQuantizationType] | None = None,
+    tensors_per_shard: int = 0,
 ) -> Path:
-    """Copy a GGUF with fields set, and tensors too, and some of both left out."""
+    """Copy a GGUF with fields set, and tensors too, and some of both left out.
+
+    With another `architecture`, keys that start with the old one are renamed. Tensors that
+    `quantized` names get that type. Returns the first file if there are shards.
+    """
     fields, tensors = fields or {}, dict(tensors or {})
     reader = Reader(source)
-    writer = gguf.GGUFWriter(destination, reader.fields["general.architecture"].contents())
+    own = reader.fields["general.architecture"].contents()
+    writer = gguf.GGUFWriter(destination, architecture or own, split_max_tensors=tensors_per_shard)
+
+    def add(name: str, values: np.ndarray) -> None:
+        kind = (quantized or {}).get(name)
+        if kind is None:
+            writer.add_tensor(name, values)
+        else:
+            writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
+
     for name, field in reader.fields.items():
         if name.startswith(("GGUF.", "general.architecture")) or name in {*drop, *fields}:
             continue
         element = field.types[-1] if len(field.types) > 1 else None
+        if architecture is not None and name.startswith(f"{own}."):
+            name = architecture + name.removeprefix(own)
         writer.add_key_value(name, field.contents(), field.types[0], sub_type=element)
     for name, (value, kind) in fields.items():
         element = gguf.GGUFValueType.STRING if kind == gguf.GGUFValueType.ARRAY else None
         writer.add_key_value(name, value, kind, sub_type=element)
     for tensor in reader.tensors:
         if tensor.name in tensors:
-            writer.add_tensor(tensor.name, tensors.pop(tensor.name))
+            add(tensor.name, tensors.pop(tensor.name))
         elif tensor.name not in drop:
             writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     for name, values in tensors.items():
-        writer.add_tensor(name, values)
+        add(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    if tensors_per_shard:
+        return min(destination.parent.glob(f"{destination.stem}-00001-of-*.gguf"))
     return destination
 
 

@@ -12,6 +12,7 @@ from llamacrab.cli.options import POOLINGS
 from llamacrab.models.convert import OUTTYPES, convert
 from llamacrab.models.default import default_model_path, fetch_default_model, resolve
 from llamacrab.requests.prompts import prompts_of
+from llamacrab.requests.reranker_families import family_of
 
 
 @click.command()
@@ -48,6 +49,8 @@ def info(path: Path | None, show_devices: bool) -> None:
             "special tokens": f"{_pieces(model, model.vocab.prefix_ids)} text "
             f"{_pieces(model, model.vocab.suffix_ids)}".strip(),
         }
+        if not model.has_rank_head and (family := family_of(model)) is not None:
+            rows["reranks by"] = f"its answers {', '.join(family.answers)} ({family.name})"
         prompts = prompts_of(model.metadata)
         rows |= {f"prompt {name}": repr(prompt) for name, prompt in prompts.items()}
         if not prompts:

@@ -87,11 +87,20 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return merged
 
 
-def open_llama(model: Path | None, pooling: PoolingType, **llama_kwargs: Any) -> Llama:
+def open_llama(
+    model: Path | None,
+    pooling: PoolingType,
+    *,
+    answers: tuple[str, ...] | None = None,
+    template: str | None = None,
+    **llama_kwargs: Any,
+) -> Llama:
     """Return the model that these options describe."""
     return Llama(
         model,
         pooling_type=pooling,
+        answers=answers,
+        template=template,
         n_ctx=llama_kwargs["n_ctx"],
         n_cpus=llama_kwargs["threads"],
         n_gpu_layers=llama_kwargs["n_gpu_layers"],

@@ -29,12 +29,25 @@ if TYPE_CHECKING:
     show_default=True,
     help="Function to apply to the model's outputs.",
 )
+@click.option(
+    "--answer",
+    "answers",
+    multiple=True,
+    metavar="TEXT",
+    help="For a causal model without a rank head: the token that it answers with; given twice, the "
+    "opposite answer too. Known models need none.",
+)
+@click.option("--template", metavar="TEXT", help="Format of a pair, with {query} and {document}.")
+@click.option("--instruction", metavar="TEXT", help="The task, for models that read one.")
 @model_options
 def rerank(
     query: str,
     source: str,
     top_k: int | None,
     activation: Activation,
+    answers: tuple[str, ...],
+    template: str | None,
+    instruction: str | None,
     model: Path | None,
     truncate: Truncate,
     field: str,
@@ -50,10 +63,14 @@ def rerank(
         raise click.UsageError("rerank needs --model, the GGUF of a reranker")
     documents = read_texts(open_input(source, field, input_format), field, input_format)
     with (
-        open_llama(model, PoolingType.RANK, **llama_kwargs) as llama,
+        open_llama(
+            model, PoolingType.RANK, answers=answers or None, template=template, **llama_kwargs
+        ) as llama,
         length_advice(llama, what="document"),
     ):
-        scores = llama.rerank(query, documents, activation=activation, truncate=truncate)
+        scores = llama.rerank(
+            query, documents, activation=activation, instruction=instruction, truncate=truncate
+        )
         labels = llama.labels
     if scores.ndim == 1:
         for i in np.argsort(-scores, kind="stable")[:top_k]:

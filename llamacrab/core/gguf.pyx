@@ -1,4 +1,4 @@
-# The header of a GGUF. It is read before llama.cpp reads the file.
+# The header of a GGUF, which is read before llama.cpp reads the file, and rows of its matrices.
 
 _CONVERT_ADVICE = "`llamacrab convert {} -o model.gguf` makes a GGUF of a model from Hugging Face"
 
@@ -48,16 +48,7 @@ cdef tuple _read_header(str path):
             f"{path} is not a GGUF: it starts with {magic!r}, not b'GGUF'"
             + advice * path.endswith((".safetensors", ".bin"))
         )
-    cdef c.gguf_init_params params
-    params.no_alloc = True
-    cdef bytes name = os.fsencode(path)
-    cdef const char *chars = name
-    cdef c.gguf_context *header
-    native.log_take_errors()
-    with nogil:
-        header = c.gguf_init_from_file(chars, params)
-    if header == NULL:
-        raise ModelCorruptError(f"the header of {path} is damaged: {_native_errors()}")
+    cdef c.gguf_context *header = _open_header(path)
     try:
         if (error := _error_in(header)) is not None:
             raise ModelCorruptError(f"the header of {path} is damaged: {error}")
@@ -71,6 +62,92 @@ cdef tuple _read_header(str path):
         c.gguf_free(header)
     head_tensors = names & {"cls.weight", "cls.output.weight", "position_embd.weight"}
     return frozenset(head_tensors), doubt, ffn_types
+
+
+cdef c.gguf_context *_open_header(str path) except NULL:
+    """Return the header of a GGUF, which the caller must free."""
+    cdef c.gguf_init_params params
+    params.no_alloc = True
+    cdef bytes name = os.fsencode(path)
+    cdef const char *chars = name
+    cdef c.gguf_context *header
+    native.log_take_errors()
+    with nogil:
+        header = c.gguf_init_from_file(chars, params)
+    if header == NULL:
+        raise ModelCorruptError(f"the header of {path} is damaged: {_native_errors()}")
+    return header
+
+
+cdef list _shards(str path):
+    """Return the files of a model, given its first one."""
+    cdef c.gguf_context *header = _open_header(path)
+    cdef int64_t key
+    cdef int n_shards = 1
+    try:
+        key = c.gguf_find_key(header, b"split.count")
+        if key >= 0 and c.gguf_get_kv_type(header, key) == c.GGUF_TYPE_UINT16:
+            n_shards = c.gguf_get_val_u16(header, key)
+    finally:
+        c.gguf_free(header)
+    # llama.cpp gives shards these names (llama_split_path), and it has just loaded them.
+    return [path] + [
+        path.replace(f"-00001-of-{n_shards:05}", f"-{i:05}-of-{n_shards:05}")
+        for i in range(2, n_shards + 1)
+    ]
+
+
+cdef object _read_rows(list shards, bytes name, rows, int64_t width):
+    """Return rows of a matrix as float32, shape (n, width); None if the model lacks the matrix.
+
+    They are read from the file, because llama.h gives no access to weights.
+    """
+    cdef c.gguf_context *header
+    cdef int64_t tensor
+    for path in shards:
+        header = _open_header(path)
+        try:
+            tensor = c.gguf_find_tensor(header, name)
+            if tensor >= 0:
+                return _rows_of(header, path, tensor, rows, width)
+        finally:
+            c.gguf_free(header)
+    return None
+
+
+cdef object _rows_of(const c.gguf_context *header, str path, int64_t tensor, rows, int64_t width):
+    """Return rows of a tensor of the file at `path`."""
+    cdef c.ggml_type kind = c.gguf_get_tensor_type(header, tensor)
+    cdef const c.ggml_type_traits *traits = c.ggml_get_type_traits(kind)
+    if (kind != c.GGML_TYPE_F32 and traits.to_float == NULL) or width % traits.blck_size:
+        raise UnsupportedModelError(
+            f"cannot read rows of {width} {c.ggml_type_name(kind).decode()} values from {path}"
+        )
+    cdef size_t row_size = c.ggml_row_size(kind, width)
+    n_rows = c.gguf_get_tensor_size(header, tensor) // row_size
+    start = c.gguf_get_data_offset(header) + c.gguf_get_tensor_offset(header, tensor)
+    values = np.empty((len(rows), width), dtype=np.float32)
+    cdef float[:, ::1] view = values
+    cdef bytes data
+    cdef const char *source
+    cdef Py_ssize_t i
+    try:
+        with open(path, "rb") as file:
+            for i, row in enumerate(rows):
+                if not 0 <= row < n_rows:
+                    raise InputError(f"there is no row {row} among {n_rows}")
+                file.seek(start + row * row_size)
+                data = file.read(row_size)
+                if len(data) != <Py_ssize_t>row_size:
+                    raise ModelCorruptError(f"{path} ends before row {row}")
+                source = data
+                if kind == c.GGML_TYPE_F32:
+                    memcpy(&view[i, 0], source, row_size)
+                else:
+                    traits.to_float(source, &view[i, 0], width)
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error}") from None
+    return values
 
 
 cdef dict _ffn_types(const c.gguf_context *header):

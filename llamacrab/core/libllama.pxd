@@ -1,6 +1,6 @@
 # All declarations of llama.h, ggml.h, ggml-backend.h and gguf.h, with the names of these headers.
 # Functions that may throw through the C interface, such as std::bad_alloc, have `except +`.
-from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint16_t, uint32_t, uint64_t
 from libcpp cimport bool as cbool
 
 
@@ -174,6 +174,15 @@ cdef extern from "ggml.h" nogil:
 
     enum: GGML_MAX_N_THREADS
 
+    ctypedef void (*ggml_to_float_t)(const void *x, float *y, int64_t k)
+
+    ctypedef struct ggml_type_traits:
+        int64_t blck_size
+        ggml_to_float_t to_float
+
+    const ggml_type_traits *ggml_get_type_traits(ggml_type type)
+    size_t ggml_row_size(ggml_type type, int64_t ne)
+
 
 cdef extern from "gguf.h" nogil:
     ctypedef struct gguf_context
@@ -181,6 +190,7 @@ cdef extern from "gguf.h" nogil:
         cbool no_alloc
 
     enum gguf_type:
+        GGUF_TYPE_UINT16
         GGUF_TYPE_UINT32
         GGUF_TYPE_FLOAT32
         GGUF_TYPE_STRING
@@ -193,10 +203,13 @@ cdef extern from "gguf.h" nogil:
     const char *ggml_type_name(ggml_type type)
     ggml_type gguf_get_tensor_type(const gguf_context *ctx, int64_t tensor_id)
     size_t gguf_get_tensor_size(const gguf_context *ctx, int64_t tensor_id)
+    size_t gguf_get_data_offset(const gguf_context *ctx)
+    size_t gguf_get_tensor_offset(const gguf_context *ctx, int64_t tensor_id)
     int64_t gguf_find_key(const gguf_context *ctx, const char *key)
     int64_t gguf_find_tensor(const gguf_context *ctx, const char *name)
     gguf_type gguf_get_kv_type(const gguf_context *ctx, int64_t key_id)
     gguf_type gguf_get_arr_type(const gguf_context *ctx, int64_t key_id)
+    uint16_t gguf_get_val_u16(const gguf_context *ctx, int64_t key_id)
     uint32_t gguf_get_val_u32(const gguf_context *ctx, int64_t key_id)
     float gguf_get_val_f32(const gguf_context *ctx, int64_t key_id)
     const char *gguf_get_val_str(const gguf_context *ctx, int64_t key_id)

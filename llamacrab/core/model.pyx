@@ -306,6 +306,46 @@ cdef class Model:
             labels.append(label.decode("utf-8", "replace"))
         return labels
 
+    def output_rows(self, tokens):
+        """Return the weights that give the logits of some tokens, read from the file.
+
+        The logit of token i is ``weights[i] @ row + bias[i]``, where `row` is the row of the last
+        token after the last norm. Some architectures scale or cap logits after that.
+
+        Parameters
+        ----------
+        tokens : sequence of int
+            Token ids.
+
+        Returns
+        -------
+        weights : ndarray of float32, shape (n, n_embd)
+            Rows of the output matrix; of the token embeddings if the model has no output matrix.
+        bias : ndarray of float32, shape (n,)
+            Zeros if the model has no output bias.
+
+        Raises
+        ------
+        InputError
+            An id is not in the vocabulary.
+        UnsupportedModelError
+            The model has no such matrix, or one that is scaled.
+        """
+        cdef const int32_t[::1] view = as_token_ids(tokens)
+        self._vocab.check_ids(view)
+        rows = np.asarray(view).tolist()
+        cdef int64_t width = self.n_embd
+        shards = _shards(self._made.args[0])  # the working directory may have changed
+        if _read_rows(shards, b"output.scale", (), 1) is not None:
+            raise UnsupportedModelError(f"{self.path} scales its output matrix (output.scale)")
+        weights = _read_rows(shards, b"output.weight", rows, width)
+        if weights is None:
+            weights = _read_rows(shards, b"token_embd.weight", rows, width)
+        if weights is None:
+            raise UnsupportedModelError(f"{self.path} has no output matrix")
+        bias = _read_rows(shards, b"output.bias", rows, 1)
+        return weights, np.zeros(len(rows), np.float32) if bias is None else bias[:, 0].copy()
+
     def chat_template(self, str name=None):
         """Return the chat template with this name, by default the main one, or None."""
         cdef _ModelHandle handle = self.handle()

@@ -95,12 +95,16 @@ def prompts_of(metadata: Mapping[str, str]) -> dict[str, str]:
     if own:
         return own
     for key in NAMES:
-        # "Bge Small En v1.5" and "bge-small-en-v1.5" are the same model.
-        name = re.sub(r"[\s_]+", "-", metadata.get(key, "").lower())
+        name = normalized_name(metadata.get(key, ""))
         for pattern, prompts in FAMILIES:
             if name and re.search(pattern, name):
                 return dict(prompts)
     return {}
+
+
+def normalized_name(name: str) -> str:
+    """Return a model's name as on the Hub: "Bge Small En v1.5" is "bge-small-en-v1.5"."""
+    return re.sub(r"[\s_]+", "-", name.lower())
 
 
 def split_at_special(vocab: Vocab, text: str) -> list[str | int]:

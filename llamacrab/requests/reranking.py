@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from llamacrab._core import Job, Model, Scheduler
     from llamacrab.errors import LlamaError
+    from llamacrab.requests.answers import AnswerHead
     from llamacrab.requests.pair_template import Pairs
 
     Activation: TypeAlias = Literal["none", "sigmoid", "softmax"]
@@ -49,6 +50,8 @@ class Scoring:
     ----------
     model : Model
         The reranker.
+    answers : AnswerHead, optional
+        What scores the rows if the model has no rank head.
     activation : {"none", "sigmoid", "softmax"}
         The function to apply to the raw outputs.
     documents : sequence of str
@@ -69,16 +72,19 @@ class Scoring:
     def __init__(
         self,
         model: Model,
+        answers: AnswerHead | None,
         activation: Activation = "none",
         *,
         documents: Sequence[str] = (),
         top_k: int | None = None,
         return_documents: bool = False,
     ) -> None:
-        # llama.cpp's graph ends with a softmax for these (llm_graph_context::build_pooling).
-        softmaxed = model.arch in ("qwen3", "qwen3vl")
-        n_classes = model.n_cls_out
-        if softmaxed and n_classes == 1:
+        if answers is not None:
+            softmaxed, n_classes = answers.probability, 1
+        else:
+            # llama.cpp's graph ends with a softmax for these (llm_graph_context::build_pooling).
+            softmaxed, n_classes = model.arch in ("qwen3", "qwen3vl"), model.n_cls_out
+        if answers is None and softmaxed and n_classes == 1:
             raise UnsupportedModelError(
                 f"{model.path} scores every pair with 1: llama.cpp takes the softmax over the "
                 "single output of its head"
@@ -87,11 +93,12 @@ class Scoring:
             raise InputError(
                 f"activation must be 'none', 'sigmoid' or 'softmax', not {activation!r}"
             )
-        if activation == "softmax" and n_classes == 1:
+        if activation == "softmax" and n_classes == 1 and not softmaxed:
             raise InputError(
                 "activation='softmax' is taken over the classes of a head, and this one has a "
                 "single output: every score would be 1. Use 'sigmoid', or compare raw scores"
             )
+        self._answers = answers
         # A probability stays as it is.
         self._activation = "none" if softmaxed else activation
         # The probability of "yes" alone is enough.
@@ -119,6 +126,8 @@ class Scoring:
 
     def scores(self, rows: np.ndarray) -> np.ndarray:
         """Return one score per row, or one per row and class, in the order of the rows."""
+        if self._answers is not None:
+            rows = self._answers(rows)
         if self._activation == "sigmoid":
             rows = np.exp(-np.logaddexp(0, -rows))
         elif self._activation == "softmax":
