@@ -18,7 +18,7 @@ from llamacrab._engine import Engine
 from llamacrab.errors import ClosedError, DeviceError, InputError, PoolingError
 from llamacrab.models.default import resolve
 from llamacrab.options import EmbedKeywords, EmbedOptions, merge
-from llamacrab.requests.answers import answer_head
+from llamacrab.requests.answers import RankHead, answer_head
 from llamacrab.requests.embedding import EmbedPipeline, EmbedRequest
 from llamacrab.requests.pair_template import Pairs, PairTemplate, common_ids, pair_format
 from llamacrab.requests.prompts import prompts_of
@@ -196,15 +196,17 @@ class Llama:
         self._path = None if path is None else Path(path).absolute()
         if isinstance(devices, str) or (devices is not None and not devices):
             raise DeviceError(f"devices must be a list of names, such as ['CPU'], not {devices!r}")
-        self._answers: AnswerHead | None = None
+        self._head: AnswerHead | RankHead | None = None
 
         def choose_pooling(model: Model) -> PoolingType:
             wanted = PoolingType(cast("int", pooling_type))  # also by name
-            self._answers = answer_head(model, wanted, answers)
-            self._pair_format = pair_format(model, template, has_answers=self._answers is not None)
-            if self._answers is not None:
-                return PoolingType.LAST  # the logits are made of the last token's row
+            self._head = answer_head(model, wanted, answers)
+            self._pair_format = pair_format(model, template, has_answers=self._head is not None)
             pooling = model.pooling_type if wanted == PoolingType.UNSPECIFIED else wanted
+            if self._head is None and pooling == PoolingType.RANK and RankHead.is_for(model):
+                self._head = RankHead(model)
+            if self._head is not None:
+                return PoolingType.LAST  # scores are made of the last token's row
             if template is not None and pooling != PoolingType.RANK:
                 raise InputError("template= is for rerankers: pass pooling_type='rank' too")
             return wanted
@@ -322,7 +324,7 @@ class Llama:
     @property
     def pooling_type(self) -> PoolingType:
         """How the rows of a text's tokens become its embedding; RANK for every reranker."""
-        if self._answers is not None:
+        if self._head is not None:
             return PoolingType.RANK
         return self._engine.scheduler.context.pooling_type
 
@@ -906,7 +908,7 @@ class Llama:
                     "answers= for a causal model that answers with a token"
                 )
             )
-        return Scoring(self.model, self._answers, activation, **scoring_kwargs)
+        return Scoring(self.model, self._head, activation, **scoring_kwargs)
 
     def _rerank_request(
         self,

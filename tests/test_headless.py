@@ -13,6 +13,7 @@ from helpers import FAMILIES, RERANKERS, TEXTS, cosines, gguf_path, rewrite_gguf
 from llamacrab import Llama, Model
 from llamacrab._core import Scheduler, Tokenization
 from llamacrab.errors import LlamaTimeoutError, NumericalError
+from llamacrab.requests.answers import RankHead
 
 DECODERS = ("tiny-qwen3", "tiny-llama", "tiny-gemma2", "tiny-qwen2")
 OTHERS = tuple(name for name in FAMILIES if name not in DECODERS)
@@ -123,7 +124,24 @@ def test_models_without_a_head_are_computed_as_before(both, name):
     assert n_headless == 0
 
 
-@pytest.mark.parametrize("name", RERANKERS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scores_of_a_rank_head_equal_llama_cpps(monkeypatch, backend):
+    scores = []
+    for is_ours in (True, False):
+        with monkeypatch.context() as patch:
+            if not is_ours:
+                patch.setattr(RankHead, "is_for", lambda model: False)
+            with Llama(gguf_path("tiny-qwen3-rank"), cpu_backend=backend, **SIZES) as llama:
+                llama._scheduler._count_heads()
+                scores.append(llama.rerank("crab", TEXTS[:30], truncate="end"))
+                n_headless, n_heads = llama._scheduler._count_heads()
+        assert (n_headless > 0) == is_ours
+        assert n_heads == 0
+    np.testing.assert_allclose(scores[0], scores[1], atol=1e-5)
+    assert np.ptp(scores[0]) > 1e-3
+
+
+@pytest.mark.parametrize("name", [name for name in RERANKERS if name != "tiny-qwen3-rank"])
 def test_rerankers_are_computed_as_before(both, name):
     rows, expected, n_headless = both(
         lambda llama: llama.rerank("crab", TEXTS[:10], truncate="end"), gguf_path(name)

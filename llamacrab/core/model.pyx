@@ -346,6 +346,29 @@ cdef class Model:
         bias = _read_rows(shards, b"output.bias", rows, 1)
         return weights, np.zeros(len(rows), np.float32) if bias is None else bias[:, 0].copy()
 
+    def rank_rows(self):
+        """Return the weights of a rank head that is a single product, read from the file.
+
+        Returns
+        -------
+        weights : ndarray of float32, shape (n_cls_out, n_embd)
+            Rows of ``cls.output.weight``.
+        bias : ndarray of float32, shape (n_cls_out,)
+            Zeros if the head has no bias.
+
+        Raises
+        ------
+        UnsupportedModelError
+            The model has no such head, or one with a dense layer before it.
+        """
+        rows = range(self.n_cls_out)
+        if not rows or self.has_pooler:
+            raise UnsupportedModelError(f"{self.path} has no rank head that is a single product")
+        shards = _shards(self._made.args[0])
+        weights = _read_rows(shards, b"cls.output.weight", rows, self.n_embd)
+        bias = _read_rows(shards, b"cls.output.bias", rows, 1)
+        return weights, np.zeros(len(rows), np.float32) if bias is None else bias[:, 0].copy()
+
     def chat_template(self, str name=None):
         """Return the chat template with this name, by default the main one, or None."""
         cdef _ModelHandle handle = self.handle()

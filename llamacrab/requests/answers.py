@@ -88,6 +88,36 @@ class AnswerHead:
         return scores.astype(np.float32)
 
 
+class RankHead:
+    """Computes what llama.cpp does with the rank head of a Qwen3 GGUF, from the last tokens' rows.
+
+    llama.cpp computes the LM head of all tokens on the way to its own result.
+
+    Parameters
+    ----------
+    model : Model
+        A model for which `is_for` is true.
+    """
+
+    def __init__(self, model: Model) -> None:
+        weights, bias = model.rank_rows()
+        self._weights, self._bias = weights.astype(np.float64), bias.astype(np.float64)
+
+    @staticmethod
+    def is_for(model: Model) -> bool:
+        """Return whether a rank head is one product and a softmax, of the last token's row."""
+        return model.arch == "qwen3" and model.has_rank_head and not model.has_pooler
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        """Return the probability of each class: float32, shape (n, n_cls_out)."""
+        logits = np.empty((len(rows), len(self._weights)))
+        for i, row in enumerate(rows):  # as AnswerHead does
+            logits[i] = self._weights @ row + self._bias
+        logits = np.exp(logits - logits.max(axis=1, keepdims=True))
+        probabilities: np.ndarray = logits / logits.sum(axis=1, keepdims=True)
+        return probabilities.astype(np.float32)
+
+
 def _tokens_of(model: Model, answers: tuple[str, ...]) -> list[int]:
     """Return the token of each answer."""
     if not 1 <= len(answers) <= 2 or not all(isinstance(answer, str) for answer in answers):

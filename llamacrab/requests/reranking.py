@@ -11,6 +11,7 @@ import numpy as np
 
 from llamacrab._core import Tokenization, VocabType
 from llamacrab.errors import InputError, UnsupportedModelError
+from llamacrab.requests.answers import AnswerHead
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from llamacrab._core import Job, Model, Scheduler
     from llamacrab.errors import LlamaError
-    from llamacrab.requests.answers import AnswerHead
+    from llamacrab.requests.answers import RankHead
     from llamacrab.requests.pair_template import Pairs
 
     Activation: TypeAlias = Literal["none", "sigmoid", "softmax"]
@@ -50,8 +51,8 @@ class Scoring:
     ----------
     model : Model
         The reranker.
-    answers : AnswerHead, optional
-        What scores the rows if the model has no rank head.
+    head : AnswerHead or RankHead, optional
+        What scores the rows of the last tokens, if llama.cpp does not.
     activation : {"none", "sigmoid", "softmax"}
         The function to apply to the raw outputs.
     documents : sequence of str
@@ -72,13 +73,14 @@ class Scoring:
     def __init__(
         self,
         model: Model,
-        answers: AnswerHead | None,
+        head: AnswerHead | RankHead | None,
         activation: Activation = "none",
         *,
         documents: Sequence[str] = (),
         top_k: int | None = None,
         return_documents: bool = False,
     ) -> None:
+        answers = head if isinstance(head, AnswerHead) else None
         if answers is not None:
             softmaxed, n_classes = answers.probability, 1
         else:
@@ -98,7 +100,7 @@ class Scoring:
                 "activation='softmax' is taken over the classes of a head, and this one has a "
                 "single output: every score would be 1. Use 'sigmoid', or compare raw scores"
             )
-        self._answers = answers
+        self._head = head
         # A probability stays as it is.
         self._activation = "none" if softmaxed else activation
         # The probability of "yes" alone is enough.
@@ -126,8 +128,8 @@ class Scoring:
 
     def scores(self, rows: np.ndarray) -> np.ndarray:
         """Return one score per row, or one per row and class, in the order of the rows."""
-        if self._answers is not None:
-            rows = self._answers(rows)
+        if self._head is not None:
+            rows = self._head(rows)
         if self._activation == "sigmoid":
             rows = np.exp(-np.logaddexp(0, -rows))
         elif self._activation == "softmax":

@@ -204,7 +204,8 @@ def _with_their_own_threads(packs: np.ndarray) -> np.ndarray:
     """Return the packs for which no idle worker lent its threads."""
     if len(packs) == 0:
         return packs
-    return packs[packs["n_threads"] == packs["n_threads"].min()]
+    own: np.ndarray = packs[packs["n_threads"] == packs["n_threads"].min()]
+    return own
 
 
 def _n_texts(pack_tokens: int, n_contexts: int, n_tokens: int) -> int:
