@@ -908,7 +908,7 @@ class Llama:
                     "answers= for a causal model that answers with a token"
                 )
             )
-        return Scoring(self.model, self._head, activation, **scoring_kwargs)
+        return Scoring(self.model, activation, head=self._head, **scoring_kwargs)
 
     def _rerank_request(
         self,

@@ -244,6 +244,9 @@ def test_mnf_20_python_goes_on_while_texts_are_computed(minilm):
 
 def test_mnf_21_ranking_without_a_head_is_refused(tmp_path):
     with pytest.raises(errors.PoolingError, match="needs a classification head"):
+        Llama(gguf_path("tiny-bert"), pooling_type=PoolingType.RANK)
+    # A causal model may answer instead, but nobody has said how.
+    with pytest.raises(errors.PoolingError, match=r"has no rank head .* pass its answers"):
         Llama(gguf_path("tiny-qwen3"), pooling_type=PoolingType.RANK)
     path = rewrite_gguf(
         gguf_path("tiny-qwen3-rank"), tmp_path / "m.gguf", drop=("cls.output.weight",)

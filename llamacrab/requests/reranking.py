@@ -51,10 +51,10 @@ class Scoring:
     ----------
     model : Model
         The reranker.
-    head : AnswerHead or RankHead, optional
-        What scores the rows of the last tokens, if llama.cpp does not.
     activation : {"none", "sigmoid", "softmax"}
         The function to apply to the raw outputs.
+    head : AnswerHead or RankHead, optional
+        What scores the rows of the last tokens, if llama.cpp does not.
     documents : sequence of str
         The documents.
     top_k : int, optional
@@ -73,9 +73,9 @@ class Scoring:
     def __init__(
         self,
         model: Model,
-        head: AnswerHead | RankHead | None,
         activation: Activation = "none",
         *,
+        head: AnswerHead | RankHead | None = None,
         documents: Sequence[str] = (),
         top_k: int | None = None,
         return_documents: bool = False,
