@@ -586,7 +586,7 @@ def test_an_error_holds_the_scores_so_far(files):
         assert not done[-1]
         want = np.tile(GOLDEN["mxbai_scores"][:N], 100)
         np.testing.assert_allclose(rows[done], want[done[:-1]], atol=DRIFT)
-        llama._scheduler._inject("not_finite", times=2)  # packed, and alone
+        llama._scheduler._inject("not_finite")
         with pytest.raises(errors.NumericalError):
             llama.rerank(QUERY, DOCUMENTS[:1])
         np.testing.assert_allclose(llama.rerank(QUERY, DOCUMENTS), want[:N], atol=DRIFT)
