@@ -115,6 +115,12 @@ cdef object _read_rows(list shards, bytes name, rows, int64_t width):
     return None
 
 
+cdef object _read_bias(list shards, bytes name, rows):
+    """Return values of a vector as float32, shape (n,); zeros if the model lacks the vector."""
+    values = _read_rows(shards, name, rows, 1)
+    return np.zeros(len(rows), np.float32) if values is None else values[:, 0].copy()
+
+
 cdef object _rows_of(const c.gguf_context *header, str path, int64_t tensor, rows, int64_t width):
     """Return rows of a tensor of the file at `path`."""
     cdef c.ggml_type kind = c.gguf_get_tensor_type(header, tensor)

@@ -343,8 +343,7 @@ cdef class Model:
             weights = _read_rows(shards, b"token_embd.weight", rows, width)
         if weights is None:
             raise UnsupportedModelError(f"{self.path} has no output matrix")
-        bias = _read_rows(shards, b"output.bias", rows, 1)
-        return weights, np.zeros(len(rows), np.float32) if bias is None else bias[:, 0].copy()
+        return weights, _read_bias(shards, b"output.bias", rows)
 
     def rank_rows(self):
         """Return the weights of a rank head that is a single product, read from the file.
@@ -366,8 +365,7 @@ cdef class Model:
             raise UnsupportedModelError(f"{self.path} has no rank head that is a single product")
         shards = _shards(self._made.args[0])
         weights = _read_rows(shards, b"cls.output.weight", rows, self.n_embd)
-        bias = _read_rows(shards, b"cls.output.bias", rows, 1)
-        return weights, np.zeros(len(rows), np.float32) if bias is None else bias[:, 0].copy()
+        return weights, _read_bias(shards, b"cls.output.bias", rows)
 
     def chat_template(self, str name=None):
         """Return the chat template with this name, by default the main one, or None."""

@@ -76,6 +76,8 @@ extra_threads::extra_threads(int n) : before(threads_beyond()) { threads_beyond(
 extra_threads::~extra_threads() { threads_beyond() = before; }
 int extra_threads::allowed() { return threads_beyond(); }
 
+int executor::max_threads() const { return n_threads + extra_threads::allowed(); }
+
 ggml_status executor::run(const ggml_cgraph * graph) {
     current = make_plan(graph);
     arena.reserve(current.arena_bytes);
@@ -94,7 +96,7 @@ ggml_status executor::run(const ggml_cgraph * graph) {
 }
 
 void executor::run_step(const step & s) {
-    const parallel workers{threads, n_threads + extra_threads::allowed(), scratch};
+    const parallel workers{threads, max_threads(), scratch};
     switch (s.kind) {
         case step_kind::linear: return run_linear(s, data_of(s), workers);
         case step_kind::attention:
@@ -115,11 +117,10 @@ void executor::run_step(const step & s) {
 
 void executor::run_rows(const step & s, row_op op) {
     const step_data data = data_of(s);
-    const bool scatters = s.kind == step_kind::set_rows;
-    const int rows = (int) ggml_nrows(scatters ? s.x.tensor : s.out);
-    const double n_values = (double) ggml_nelements(scatters ? s.x.tensor : s.out);
-    const int n =
-        worthwhile_threads(n_values * work_per_value, n_threads + extra_threads::allowed());
+    // Of a cache only some rows are written.
+    const ggml_tensor * work = s.kind == step_kind::set_rows ? s.x.tensor : s.out;
+    const int rows = (int) ggml_nrows(work);
+    const int n = worthwhile_threads((double) ggml_nelements(work) * work_per_value, max_threads());
     const int blocks = n > 1 ? (rows + 15) / 16 : 1;
     threads.parallel_for(blocks, n, [&](int i, int) {
         op(s, data, (int) ((int64_t) rows * i / blocks), (int) ((int64_t) rows * (i + 1) / blocks));

@@ -24,6 +24,7 @@ class executor {
   private:
     using row_op = void (*)(const step &, const step_data &, int row0, int row1);
 
+    int max_threads() const;
     void run_step(const step & s);
     void run_rows(const step & s, row_op op);
 

@@ -39,8 +39,8 @@ class loading_for {
     loading_for & operator=(const loading_for &) = delete;
 };
 
-// While it lives, graphs that this thread computes with these kernels may use so many threads more
-// than their context has.
+// While it lives, graphs that this thread computes with these kernels may use n threads beyond
+// those of their context.
 class extra_threads {
     const int before;
 

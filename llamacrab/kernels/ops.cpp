@@ -144,8 +144,7 @@ static void run_linear_by_columns(const step & s, const step_data & data, const 
         all.scratch = (float *) workers.scratch.reserve(scratch_size * n_threads * sizeof(float));
     }
     const int unit = all.y_int16 ? int16_block : panel_width;
-    const int columns = (linear.m / (3 * n_threads) + unit - 1) / unit * unit;
-    const int part = std::max(columns, unit);
+    const int part = (linear.m / (3 * n_threads) / unit + 1) * unit;  // a few for each thread
     workers.threads.parallel_for((linear.m + part - 1) / part, n_threads, [&](int i, int thread) {
         linear_args mine = all;
         mine.column0 = i * part;

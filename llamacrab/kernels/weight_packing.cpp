@@ -243,7 +243,9 @@ static void pack_panel(const ggml_tensor * w, weight_layout layout, const char *
     const auto row = [&](int64_t column) { return rows.data() + (column - column0) * k; };
     for (int64_t column = column0; column < column1; column++) {
         const char * source = from + (column - column0) * ggml_row_size(w->type, k);
-        to_floats(w, source, row(column));
+        if (layout != weight_layout::bf16_panels || w->type != GGML_TYPE_BF16) {  // they stay
+            to_floats(w, source, row(column));
+        }
         if (layout != weight_layout::int16_panels) {
             pack_column(w, layout, source, row(column), column, to);
         }

@@ -149,12 +149,12 @@ std::unique_ptr<decoder> decoder::make(llama_model * model, llama_context_params
             return static_cast<decoder *>(data)->take_rows(tensor, ask);
         };
         made->n_part = int32_t(params.n_ubatch);
+        made->params.n_outputs_max = params.n_seq_max;
         if (made->wanted_outputs() == output_tokens::all) {
             const int32_t n_vocab = llama_vocab_n_tokens(llama_model_get_vocab(model));
             made->n_part = std::min(made->n_part, outputs_with_room(n_vocab));
+            made->params.n_outputs_max = std::max(uint32_t(made->n_part), params.n_seq_max);
         }
-        const auto most = uint32_t(made->wanted_outputs() == output_tokens::all ? made->n_part : 0);
-        made->params.n_outputs_max = std::max(most, params.n_seq_max);
     }
     made->ctx = make_context(model, made->params);
     if (!made->ctx) {

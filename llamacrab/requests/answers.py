@@ -75,10 +75,7 @@ class AnswerHead:
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
         """Return one score per row: float32, shape (n, 1)."""
-        logits = np.empty((len(rows), len(self.answers)))
-        # Row by row: a matrix product may give a row other last bits if there are other rows.
-        for i, row in enumerate(rows):
-            logits[i] = self._weights @ row + self._bias
+        logits = _logits(rows, self._weights, self._bias)
         if self._cap:
             logits = self._cap * np.tanh(logits / self._cap)
         scores = logits[:, :1] if len(self.answers) == 1 else logits[:, :1] - logits[:, 1:]
@@ -110,12 +107,18 @@ class RankHead:
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
         """Return the probability of each class: float32, shape (n, n_cls_out)."""
-        logits = np.empty((len(rows), len(self._weights)))
-        for i, row in enumerate(rows):  # as AnswerHead does
-            logits[i] = self._weights @ row + self._bias
+        logits = _logits(rows, self._weights, self._bias)
         logits = np.exp(logits - logits.max(axis=1, keepdims=True))
         probabilities: np.ndarray = logits / logits.sum(axis=1, keepdims=True)
         return probabilities.astype(np.float32)
+
+
+def _logits(rows: np.ndarray, weights: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    logits = np.empty((len(rows), len(weights)))
+    # Row by row: a matrix product may give a row other last bits if there are other rows.
+    for i, row in enumerate(rows):
+        logits[i] = weights @ row + bias
+    return logits
 
 
 def _tokens_of(model: Model, answers: tuple[str, ...]) -> list[int]:

@@ -415,27 +415,29 @@ LC_INLINE void widen_rows(const uint16_t * from, ptrdiff_t stride, int n, int d,
     }
 }
 
+// The rows at `from`: as they are, or if they are f16, copied to `rows`, whose stride then is d.
+template <class data>
+LC_INLINE const typename data::type * rows_as(const void * from, bool f16, ptrdiff_t first, int n,
+                                              int d, ptrdiff_t & stride,
+                                              typename data::type * rows) {
+    if (!f16) {
+        return (const typename data::type *) from + first;
+    }
+    widen_rows<data>((const uint16_t *) from + first, stride, n, d, rows);
+    stride = d;
+    return rows;
+}
+
 template <class data>
 LC_INLINE void pack_keys_and_values(const attention_args & given, const segment & s, int kv,
                                     const attention_buffers<typename data::type> & buffers) {
-    typedef typename data::type type;
     attention_args a = given;
     const int n = s.key1 - s.key0;
     const ptrdiff_t key = s.key0 * a.k_row + kv * a.k_head,
                     value = s.key0 * a.v_row + kv * a.v_head;
-    const type * keys = (const type *) a.k + key;
-    if (a.k_f16) {
-        widen_rows<data>((const uint16_t *) a.k + key, a.k_row, n, a.d_k, buffers.rows);
-        keys = buffers.rows;
-        a.k_row = a.d_k;
-    }
+    const auto * keys = rows_as<data>(a.k, a.k_f16, key, n, a.d_k, a.k_row, buffers.rows);
     data::pack_keys(a, keys, n, buffers.keys);
-    const type * values = (const type *) a.v + value;
-    if (a.v_f16) {
-        widen_rows<data>((const uint16_t *) a.v + value, a.v_row, n, a.d_v, buffers.rows);
-        values = buffers.rows;
-        a.v_row = a.d_v;
-    }
+    const auto * values = rows_as<data>(a.v, a.v_f16, value, n, a.d_v, a.v_row, buffers.rows);
     data::pack_values(a, values, n, buffers.values);
 }
 
